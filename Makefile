@@ -1,0 +1,36 @@
+# `make train` and `make test` set up everything they need in $(VENV); nothing else has to be installed first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test lint types check mutants clean
+
+train: $(VENV)/.ready
+	$(BIN)/mars train $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.ready
+	$(BIN)/pyright
+
+check: lint types test
+
+# Breaks the library on purpose, one place at a time, and asks the tests to notice.
+mutants: $(VENV)/.ready
+	$(BIN)/python tests/mutants.py
+
+# torch first and pinned: a looser request would fetch a build with several gigabytes of CUDA packages.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,0 +1,42 @@
+"""Backends: the arithmetic of a step over lists of tensors. The choice between them is made here."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mars_optim.batch import Batch
+
+from . import foreach, reference
+
+
+class Backend(Protocol):
+    """The functions every backend has, over the lists of a batch. None of them hands out c_t."""
+
+    def gradient_products(self, grads: list[Tensor], prev_grads: list[Tensor] | None) -> Tensor:
+        """Return (g.g, g.d, d.d) with d = g - g' for each tensor, shape (n, 3): sums, so shards just add."""
+        ...
+
+    def moments_(self, batch: Batch) -> None:
+        """m <- beta1 m + (1-beta1) c~; likewise v of c~^2 where the batch has one; keep g_t where asked."""
+        ...
+
+    def descend_(self, batch: Batch, directions: list[Tensor], scales: list[float]) -> None:
+        """x <- x - lr * (scale * direction + weight_decay * x)."""
+        ...
+
+    def adamw_(self, batch: Batch) -> None:
+        """The whole step of `adamw`."""
+        ...
+
+    def lion_(self, batch: Batch) -> None:
+        """The whole step of `lion`."""
+        ...
+
+
+def select(group: dict[str, Any]) -> Backend:
+    """Return the backend of a parameter group, from torch.optim's own switches."""
+    if group["differentiable"] or group["foreach"] is False:
+        return reference
+    return foreach

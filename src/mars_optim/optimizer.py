@@ -1,0 +1,342 @@
+"""MARS: gradient correction, momentum, preconditioned step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import backends, schedules
+from .batch import Batch
+from .batching import Member, make_batches
+from .correction import weigh
+from .exact import PreviousGradients, clip_by_group_, replayed_randomness, rewound
+from .hyperparameters import Gamma, check_group, fold_lr_1d, treatments
+from .polar import MatrixView
+from .preconditioners import PRECONDITIONERS
+from .state import complete, keep_params, restore, shield
+
+
+class MARS(Optimizer):
+    r"""MARS optimizers: variance-reduced (exact) or gradient-corrected (approx) AdamW, Lion, Shampoo and Muon.
+
+    For a tensor :math:`x_t` with gradient :math:`g_t`,
+
+    .. math::
+        c_t &= g_t + \gamma_t \tfrac{\beta_1}{1-\beta_1} (g_t - g'_t), \qquad
+        \tilde c_t = c_t / \max(1, \|c_t\|_2 / \text{clip\_norm}) \\
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1) \tilde c_t \\
+        x_{t+1} &= x_t - \eta_t (H_t^{-1} m_t + \lambda x_t)
+
+    where :math:`g'_t` is the gradient of *this* minibatch at :math:`x_{t-1}` (exact) or the previous step's gradient
+    (approx). :math:`H_t^{-1} m_t` is :math:`\hat m_t / (\sqrt{\hat v_t} + \epsilon)` for `adamw`, with
+    :math:`v_t` the average of :math:`\tilde c_t^2`; :math:`\text{sign}(m_t)` for `lion`;
+    :math:`U V^\top \sqrt{\max(1, r/c)}` for `shampoo` and :math:`0.2\, U V^\top \sqrt{\max(r, c)}` for `m`, with
+    :math:`m_t = U S V^\top` of r rows and c columns. Only exact mode reduces variance: without clipping, approx is
+    quasi-hyperbolic momentum.
+
+    Tensors with fewer than two dimensions get AdamW with `betas_1d`, `lr_1d`, `weight_decay_1d` unless `optimize_1d`.
+    Every hyperparameter may be given per group and is read from the group at each step.
+
+    Args:
+        params: tensors, (name, tensor) pairs or group dicts; see `param_groups` to split a model.
+        lr: learning rate, a number >= 0 or a 1-element tensor.
+        betas: decay of the momentum and (`adamw`) of the second moment, each in [0, 1).
+        eps: added to the root of the second moment (outside of it, unlike the paper's print).
+        weight_decay: decoupled decay, multiplied by lr.
+        amsgrad: use the running maximum of the second moment (`adamw`).
+        gamma: strength of the correction: a number, a 0-d tensor, or a schedule called with the number of steps
+            already taken. The number 0 means no correction and no state for it.
+        is_approx: approx mode; False is exact mode, which needs `step(closure)` or `previous_params()`.
+        mars_type: `"adamw"`, `"lion"`, `"shampoo"` or `"m"`, also spelled `"mars-adamw"` etc.
+        optimize_1d: give tensors with fewer than two dimensions MARS, too (`adamw` under matrix preconditioners).
+        lr_1d: learning rate of the AdamW tensors, kept as the ratio lr_1d/lr in the group's `lr_1d_ratio`.
+        betas_1d: their betas.
+        weight_decay_1d: their weight decay; None means the group's own (the authors' code forces 0.1).
+        clip_norm: largest 2-norm of each tensor's corrected gradient; None switches clipping off.
+        first_step: `"paper"` starts with d_1 = 0, `"zero"` with g'_1 = 0 as the authors' code.
+        max_grad_norm: clip the global norm of the gradients first, as `clip_grad_norm_` before the step would.
+        skip_nonfinite: leave everything as it is when a gradient is not finite, and count it in
+            `num_skipped_steps`; costs one wait for the device a step.
+        preconditioner: override the type's choice: `"adamw"`, `"lion"`, `"polar"` or a registered name.
+        update_scale: override the type's choice: `"none"`, `"spectral"` or `"rms"`.
+        polar_method, polar_coefficients, polar_steps, polar_dtype: see `polar_factor`.
+        matrix_view: which matrices a tensor holds: `"flatten"`, `"stack"` or `("split", dim, sizes)`.
+        matrix_transposed: the matrices are stored as (in, out); matters to `"spectral"` only.
+        maximize: ascend.
+        foreach: True or False chooses the backend over lists of tensors or the one tensor by tensor; None chooses.
+        fused: no fused backend exists yet; True is an error.
+        capturable: keep the step count on the device, for CUDA graphs.
+        differentiable: let autograd record the step.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a value out of range; the message says which and what would do.
+
+    Reference: Yuan et al., "MARS: Unleashing the Power of Variance Reduction for Training Large Models"
+    (arXiv:2411.10438); Liu et al., "MARS-M" (2025). Algorithm 4 prints neither clipping nor update scale; the
+    authors' code has both, and so does this.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        gamma: Gamma = 0.025,
+        is_approx: bool = True,
+        mars_type: str = "adamw",
+        optimize_1d: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        weight_decay_1d: float | None = None,
+        *,
+        clip_norm: float | None = 1.0,
+        first_step: str = "paper",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        preconditioner: str | None = None,
+        update_scale: str | None = None,
+        polar_method: str = "newton-schulz",
+        polar_coefficients: str = "polar-express",
+        polar_steps: int = 6,
+        polar_dtype: torch.dtype | None = None,
+        matrix_view: MatrixView = "flatten",
+        matrix_transposed: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        defaults |= {"schedule_step": 0, "num_skipped_steps": 0}
+        self._previous: PreviousGradients | None = None
+        self._inside_previous_params = False
+        super().__init__(cast("Iterable[Tensor]", params), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its hyperparameters default to the constructor's. Raises as the constructor does."""
+        if isinstance(param_group, dict) and "lr_1d_ratio" in param_group:  # pyright: ignore[reportUnnecessaryIsInstance]
+            param_group = {"lr_1d": None, **param_group}
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            fold_lr_1d(group)
+            check_group(group, _names(group))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that `skip_nonfinite` or a grad scaler's overflow at the previous weights has skipped."""
+        return self.param_groups[0]["num_skipped_steps"]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss. Exact mode calls
+                it at the previous weights first, then at the current ones, with the same randomness.
+
+        Returns:
+            The loss at the current weights, if a closure was given.
+
+        Raises:
+            ValueError: exact mode without closure or `previous_params()`.
+            RuntimeError: a sparse gradient.
+        """
+        if self._inside_previous_params:
+            raise RuntimeError("step() was called inside previous_params(); call it after the block")
+        loss = self._evaluate(closure)
+        with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
+            previous, self._previous = self._previous, None
+            if self._must_skip(previous):
+                return loss
+            members = [self._members(group, previous) for group in self.param_groups]
+            self._keep_params()
+            batches: list[Batch] = []
+            selected: list[backends.Backend] = []
+            for group, of_group in zip(self.param_groups, members, strict=True):
+                made = make_batches(of_group, group)
+                batches += made
+                selected += [backends.select(group)] * len(made)
+                group["schedule_step"] += 1
+            weigh(batches, selected)
+            for batch, backend in zip(batches, selected, strict=True):
+                PRECONDITIONERS[batch.treatment.preconditioner].update_(backend, batch)
+        return loss
+
+    @contextmanager
+    def previous_params(self, grad_scaler: torch.amp.GradScaler | None = None) -> Generator[None, None, None]:
+        """Exact mode: evaluate the minibatch at the previous weights.
+
+        Inside the block every parameter holds x_{t-1}; compute the loss and call backward, as often as the step
+        accumulates. On leaving, the gradients are kept as g'_t, `p.grad` is None, the weights are x_t again and
+        torch's random generators are put back, so that the evaluation at x_t draws the same dropout. Weights and
+        generators come back also after an exception; then no gradient is kept.
+
+        Args:
+            grad_scaler: the scaler whose `scale(loss)` was used inside the block, to divide the gradients by its
+                scale. If they overflowed, the scale backs off at once and the next step is skipped and counted.
+
+        Raises:
+            RuntimeError: the optimizer is in approx mode, or the block is entered inside itself.
+        """
+        if all(group["is_approx"] for group in self.param_groups):
+            raise RuntimeError("previous_params() is for exact mode; construct the optimizer with is_approx=False")
+        if self._inside_previous_params:
+            raise RuntimeError("previous_params() was entered inside itself; leave the first block before")
+        params = [p for group in self.param_groups for p in group["params"]]
+        pairs = [(p, self.state[p]["prev_param"]) for p in params if "prev_param" in self.state.get(p, {})]
+        self._previous = None
+        self.zero_grad(set_to_none=True)
+        self._inside_previous_params = True
+        try:
+            with rewound(pairs), replayed_randomness({p.device for p in params}):
+                yield
+            self._previous = self._take_gradients(grad_scaler)
+        finally:
+            self._inside_previous_params = False
+            self.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _take_gradients(self, grad_scaler: torch.amp.GradScaler | None) -> PreviousGradients:
+        """Copy the gradients out of `p.grad`: DDP and others may write that memory again."""
+        taken = PreviousGradients()
+        clipped: list[tuple[Tensor, float]] = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or p.grad.is_sparse:
+                    continue
+                taken.grads[p] = p.grad.detach().clone()
+                if group["max_grad_norm"] is not None:
+                    clipped.append((taken.grads[p], group["max_grad_norm"]))
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            scale = grad_scaler.get_scale()
+            for grad in taken.grads.values():
+                grad.div_(scale)
+            if not _all_finite(taken.grads.values()):
+                taken.overflowed = True
+                grad_scaler.update(scale * grad_scaler.get_backoff_factor())
+        clip_by_group_(clipped)
+        return taken
+
+    def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            if any(not group["is_approx"] for group in self.param_groups):
+                with self.previous_params():
+                    closure()
+            return closure()
+
+    def _must_skip(self, previous: PreviousGradients | None) -> bool:
+        overflowed = previous is not None and previous.overflowed
+        if not overflowed:
+            if not any(group["skip_nonfinite"] for group in self.param_groups):
+                return False
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if _all_finite(grads + list(previous.grads.values() if previous else ())):
+                return False
+        for group in self.param_groups:
+            group["num_skipped_steps"] += 1
+        return True
+
+    def _members(self, group: dict[str, Any], previous: PreviousGradients | None) -> list[Member]:
+        """Collect the parameters of `group` that take part in this step, and create what state they lack."""
+        fold_lr_1d(group)
+        vector, main = treatments(group)
+        members: list[Member] = []
+        for name, p in zip(_names(group), group["params"], strict=True):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    f"MARS does not support sparse gradients, and parameter {name} has one; construct the embedding "
+                    "with sparse=False"
+                )
+            treatment = vector if p.ndim < 2 else main
+            prev_grad = None if previous is None else previous.grads.get(p)
+            member = Member(name, p, self.state[p], treatment, prev_grad)
+            only_materialises = not member.state and _is_materialising(p, group)
+            names = ["step", "exp_avg", *PRECONDITIONERS[treatment.preconditioner].state_names(treatment)]
+            if member.is_corrected:
+                names += ["has_prev", "prev_grad"] if group["is_approx"] else ["has_prev"]
+                if ("prev_grad" if group["is_approx"] else "prev_param") not in member.state:
+                    member.state.pop("has_prev", None)  # it spoke of the other mode's buffer
+            complete(member.state, p, names, capturable=group["capturable"])
+            if only_materialises:
+                continue
+            if member.is_corrected and not group["is_approx"] and previous is None:
+                raise ValueError(
+                    "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
+                    "compute it inside `with optimizer.previous_params():` before the gradient of this step"
+                )
+            members.append(member)
+        return members
+
+    def _keep_params(self) -> None:
+        """Exact mode: x_t is the next step's x_{t-1}, also for parameters without correction or gradient."""
+        if all(group["is_approx"] for group in self.param_groups):
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    keep_params(self.state[p], p)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch.optim does, with schedules of gamma as plain dicts."""
+        packed = super().state_dict()
+        groups = [{**group, "gamma": schedules.to_plain(group["gamma"])} for group in packed["param_groups"]]
+        return {**packed, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; unlike torch.optim's own, fp32 state stays fp32 under half-precision parameters."""
+        handle = self.register_load_state_dict_pre_hook(lambda optimizer, given: shield(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded or unpickled state; hyperparameters that it lacks get the constructor's values."""
+        old_groups = self.__dict__.get("param_groups", [])
+        defaults = state.get("defaults", self.__dict__.get("defaults", {}))
+        super().__setstate__(state)
+        self._previous = None
+        self._inside_previous_params = False
+        for i, group in enumerate(self.param_groups):
+            for name, value in defaults.items():
+                if name != "lr_1d":
+                    group.setdefault(name, value)
+            fold_lr_1d(group)
+            current = old_groups[i]["gamma"] if i < len(old_groups) else None
+            group["gamma"] = schedules.from_plain(group["gamma"], current)
+            for p in group["params"]:
+                if p in self.state:
+                    self.state[p] = restore(self.state[p], p, capturable=group["capturable"])
+
+
+def _names(group: dict[str, Any]) -> list[str]:
+    return group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
+
+
+def _is_materialising(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a checkpoint tool only wants the state to exist: a zero gradient and lr = 0 before any step."""
+    return float(group["lr"]) == 0 and param.grad is not None and not bool(param.grad.any())
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
