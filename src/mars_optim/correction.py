@@ -67,8 +67,10 @@ def _total_norm(batches: Sequence[Batch], products: Sequence[Tensor | None]) -> 
     ]
     if not squares:
         return None
-    widest = max((square.dtype for square in squares), key=lambda dtype: dtype.itemsize)
-    return torch.stack([square.to(squares[0].device, widest) for square in squares]).sum().sqrt()
+    total = squares[0]
+    for square in squares[1:]:
+        total = total + square.to(total.device)
+    return total.sqrt()
 
 
 def _kappa(batch: Batch) -> Scalar:

@@ -66,7 +66,7 @@ def treatments(group: dict[str, Any]) -> tuple[Treatment, Treatment]:
 
 
 def _gamma(group: dict[str, Any]) -> Scalar | None:
-    """This step's gamma; None for the number 0, which says that there is no correction (a schedule may pass 0)."""
+    """Gamma at this step; None for the number 0, which says that there is no correction (a schedule may pass 0)."""
     gamma: Gamma = group["gamma"]
     if not isinstance(gamma, Tensor) and callable(gamma):
         return _as_scalar(gamma(group["schedule_step"]))

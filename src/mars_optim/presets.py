@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -15,14 +14,12 @@ class Preset:
     update_scale: str
 
 
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "adamw": Preset(preconditioner="adamw", update_scale="none"),  # MARS, Algorithm 2
-        "lion": Preset(preconditioner="lion", update_scale="none"),  # MARS, Algorithm 3
-        "shampoo": Preset(preconditioner="polar", update_scale="spectral"),  # MARS, Algorithm 4
-        "m": Preset(preconditioner="polar", update_scale="rms"),  # MARS-M
-    }
-)
+PRESETS: Mapping[str, Preset] = {
+    "adamw": Preset(preconditioner="adamw", update_scale="none"),  # MARS, Algorithm 2
+    "lion": Preset(preconditioner="lion", update_scale="none"),  # MARS, Algorithm 3
+    "shampoo": Preset(preconditioner="polar", update_scale="spectral"),  # MARS, Algorithm 4
+    "m": Preset(preconditioner="polar", update_scale="rms"),  # MARS-M
+}
 
 
 def preset(mars_type: str) -> Preset:

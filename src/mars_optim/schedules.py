@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 
@@ -53,8 +52,6 @@ class WarmupConstant:
     """Learning-rate multiplier: linear warm-up to 1, then 1."""
 
     num_warmup_steps: int
-    num_steps: int
-    final_ratio: float = 1.0
 
     def __call__(self, step: int) -> float:
         return _warmup(step, self.num_warmup_steps)
@@ -99,9 +96,11 @@ def _warmup(step: int, num_warmup_steps: int) -> float:
     return min(1.0, (step + 1) / num_warmup_steps) if num_warmup_steps > 0 else 1.0
 
 
-_GAMMA_SCHEDULES: Mapping[str, Callable[..., Callable[[int], float]]] = MappingProxyType(
-    {"constant": Constant, "linear": Linear, "cosine": Cosine}
-)
+_GAMMA_SCHEDULES: Mapping[str, Callable[..., Callable[[int], float]]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+}
 
 
 def to_plain(gamma: Any) -> Any:

@@ -24,13 +24,15 @@ def arithmetic_dtype(param: Tensor) -> torch.dtype:
 
 def complete(state: dict[str, Any], param: Tensor, names: Iterable[str], *, capturable: bool) -> None:
     """Create what is missing of the scalar and tensor state called `names`, as zeros."""
+    scalar_device = param.device if capturable else torch.device("cpu")
     for name in names:
-        if name in state:
-            continue
         if name in _SCALARS:
-            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            state[name] = torch.zeros((), dtype=dtype, device=param.device if capturable else "cpu")
-        else:
+            if name not in state:
+                dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+                state[name] = torch.zeros((), dtype=dtype, device=scalar_device)
+            elif state[name].device != scalar_device:  # `capturable` was switched; torch.compile does so by itself
+                state[name] = state[name].to(scalar_device)
+        elif name not in state:
             dtype = arithmetic_dtype(param)
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 

@@ -36,7 +36,12 @@ class Backend(Protocol):
 
 
 def select(group: dict[str, Any]) -> Backend:
-    """Return the backend of a parameter group, from torch.optim's own switches."""
-    if group["differentiable"] or group["foreach"] is False:
-        return reference
-    return foreach
+    """Return the backend of a parameter group, from torch.optim's own switches.
+
+    By default lists of tensors go through `foreach` where torch has kernels for them. On the CPU it has not: there
+    the lists' temporaries cost memory and no time is won.
+    """
+    wanted = group["foreach"]
+    if wanted is None:
+        wanted = all(p.device.type != "cpu" for p in group["params"])
+    return foreach if wanted and not group["differentiable"] else reference

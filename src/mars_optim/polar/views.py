@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -20,13 +19,11 @@ from torch import Tensor
 MatrixView = str | tuple[str, int, tuple[int, ...]]
 
 # From (rows, columns) of a matrix to the factor on its update.
-UPDATE_SCALES: Mapping[str, Callable[[int, int], float]] = MappingProxyType(
-    {
-        "none": lambda rows, columns: 1.0,
-        "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-        "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-    }
-)
+UPDATE_SCALES: Mapping[str, Callable[[int, int], float]] = {
+    "none": lambda rows, columns: 1.0,
+    "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+}
 
 
 def check_view(view: object) -> MatrixView:
@@ -67,7 +64,7 @@ def matrices(tensor: Tensor, view: MatrixView) -> list[Tensor]:
             f"matrix_view splits dimension {dim} into {sizes}, which add up to {sum(sizes)}, but the parameter has "
             f"shape {tuple(tensor.shape)}; give sizes that add up to {flat.shape[dim]}"
         )
-    return list(torch.split(flat, sizes, dim))
+    return list(torch.split(flat, list(sizes), dim))
 
 
 def update_scale(name: str, rows: int, columns: int, *, transposed: bool = False) -> float:
