@@ -55,11 +55,16 @@ class Batch:
     update_scales: list[float]
     has_prev: list[Tensor] | None = None  # 0 or 1 a tensor, where the host must not know them
 
-    # Set from the gradients' norms: c~_t = grad_weight * g_t + diff_weight * (g_t - g'_t), and the gradient "as the
-    # step saw it" is grad_coefficient * g_t.
-    grad_weight: Weight = 1.0
-    diff_weight: Weight = 0.0
-    grad_coefficient: Scalar = 1.0
+    # Set by `correction.weigh`: with s g_t the gradient "as the step saw it",
+    # c~_t = clip * (s g_t + kappa * (s g_t - g'_t)).
+    grad_coefficient: Scalar = 1.0  # s
+    kappa: Weight = 0.0
+    clip: Weight = 1.0
+
+    @property
+    def is_clipped_globally(self) -> bool:
+        """Whether s is still to be found from the norm of all gradients."""
+        return self.treatment.max_grad_norm is not None
 
     @property
     def is_half(self) -> bool:

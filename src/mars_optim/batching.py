@@ -67,6 +67,8 @@ def make_batches(members: Sequence[Member], group: dict[str, Any]) -> list[Batch
                 prev = torch.zeros_like(batch.grads[-1])
             else:
                 prev = _gradient(member.prev_grad, dtype, maximize=group["maximize"])
+                if group["first_step"] == "zero":  # g'_1 = 0, whatever was evaluated
+                    prev = prev * state["has_prev"].to(prev.dtype)
             batch.prev_grads.append(prev)
         if batch.next_grads is not None:
             batch.next_grads.append(_real(state["prev_grad"]))

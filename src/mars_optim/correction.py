@@ -1,12 +1,14 @@
-r"""The corrected gradient and its clipping, as weights of the gradient and of the gradient difference.
+r"""The corrected gradient and its clipping, as two numbers a tensor.
 
-With kappa = gamma * beta1/(1-beta1), d = g - g', and s the factor of global clipping, the corrected gradient
+With kappa = gamma * beta1/(1-beta1) and s the factor of global clipping,
 
-    c  = s g + kappa (s g - g')  =  (s + kappa (s-1)) g + kappa d                       (3.5)
+    c  = s g + kappa (s g - g')                                                          (3.5)
     c~ = c / max(1, ||c|| / clip_norm)                                                   (3.6)
 
-needs only two numbers a tensor. Both norms come from the sums g.g, g.d and d.d, which shards of a tensor simply
-add. In this basis little cancels: d is small where kappa is large (exact mode near gamma = 1).
+||c|| follows from three sums a tensor before s is known, so that one pass and one reduction serve both norms.
+Without global clipping they are g.g, g.d and d.d with d = g - g': little cancels then, also where kappa is large and
+d small (exact mode near gamma = 1). With it they are g.g, g.g' and g'.g': g' has been clipped and g has not, so d
+would say nothing.
 """
 
 from __future__ import annotations
@@ -24,29 +26,33 @@ _NORM_EPS = 1e-6
 
 
 def weigh(batches: Sequence[Batch], backends: Sequence[Backend]) -> None:
-    """Set the weights of every batch: gradient correction, global clipping, clipping of c_t. No host sync."""
+    """Set s, kappa and the clip factor of every batch from the gradients' norms. No host sync."""
     products = [
-        backend.gradient_products(batch.grads, batch.prev_grads) if _needs_norms(batch) else None
+        backend.gradient_products(batch) if _needs_norms(batch) else None
         for batch, backend in zip(batches, backends, strict=True)
     ]
     total = _total_norm(batches, products)
     for batch, product in zip(batches, products, strict=True):
         kappa = _kappa(batch)
+        batch.kappa = list(kappa.unbind()) if isinstance(kappa, Tensor) and kappa.ndim else kappa
         if product is None:
-            batch.diff_weight = list(kappa.unbind()) if isinstance(kappa, Tensor) and kappa.ndim else kappa
             continue
         if batch.treatment.max_grad_norm is not None and total is not None:
             batch.grad_coefficient = clip_coefficient(total, batch.treatment.max_grad_norm).to(product.device)
-        s = batch.grad_coefficient
-        grad_weight = (s + kappa * (s - 1)) * torch.ones_like(product[:, 0])
-        diff_weight = kappa * torch.ones_like(grad_weight)
         if batch.treatment.clip_norm is not None:
-            gg, gd, dd = product.unbind(1)
-            squared = grad_weight**2 * gg + 2 * grad_weight * diff_weight * gd + diff_weight**2 * dd
-            norm = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # tiny: a finite slope at 0
-            clip = batch.treatment.clip_norm / norm.clamp(min=batch.treatment.clip_norm)
-            grad_weight, diff_weight = clip * grad_weight, clip * diff_weight
-        batch.grad_weight, batch.diff_weight = list(grad_weight.unbind()), list(diff_weight.unbind())
+            norm = _corrected_norm(batch, product, kappa)
+            batch.clip = list((batch.treatment.clip_norm / norm.clamp(min=batch.treatment.clip_norm)).unbind())
+
+
+def _corrected_norm(batch: Batch, product: Tensor, kappa: Scalar) -> Tensor:
+    """||c_t|| of each tensor, shape (n,), from c = a g + b o."""
+    if batch.is_clipped_globally:
+        a, b = batch.grad_coefficient * (1 + kappa), -kappa
+    else:
+        a, b = 1.0, kappa
+    gg, go, oo = product.unbind(1)
+    squared = a**2 * gg + 2 * a * b * go + b**2 * oo
+    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # tiny: a finite slope at 0
 
 
 def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:

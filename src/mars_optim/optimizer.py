@@ -172,7 +172,7 @@ class MARS(Optimizer):
                 made = make_batches(of_group, group)
                 batches += made
                 selected += [backends.select(group)] * len(made)
-                group["schedule_step"] += 1
+                group["schedule_step"] += 1 if of_group else 0
             weigh(batches, selected)
             for batch, backend in zip(batches, selected, strict=True):
                 PRECONDITIONERS[batch.treatment.preconditioner].update_(backend, batch)

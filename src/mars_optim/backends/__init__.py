@@ -14,8 +14,11 @@ from . import foreach, reference
 class Backend(Protocol):
     """The functions every backend has, over the lists of a batch. None of them hands out c_t."""
 
-    def gradient_products(self, grads: list[Tensor], prev_grads: list[Tensor] | None) -> Tensor:
-        """Return (g.g, g.d, d.d) with d = g - g' for each tensor, shape (n, 3): sums, so shards just add."""
+    def gradient_products(self, batch: Batch) -> Tensor:
+        """Return (g.g, g.o, o.o) for each tensor, shape (n, 3): sums, which shards of a tensor just add.
+
+        o is g' under global clipping and g - g' otherwise; see `mars_optim.correction`.
+        """
         ...
 
     def moments_(self, batch: Batch) -> None:

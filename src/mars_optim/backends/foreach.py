@@ -11,37 +11,38 @@ from mars_optim.batch import Batch
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-def gradient_products(grads: list[Tensor], prev_grads: list[Tensor] | None) -> Tensor:
-    """Return (g.g, g.d, d.d), d = g - g', for each tensor: shape (n, 3)."""
-    gg = torch.stack(torch._foreach_norm(grads)) ** 2
-    if prev_grads is None:
+def gradient_products(batch: Batch) -> Tensor:
+    """Return (g.g, g.o, o.o) for each tensor, o = g' under global clipping, else g - g': shape (n, 3)."""
+    gg = torch.stack(torch._foreach_norm(batch.grads)) ** 2
+    if batch.prev_grads is None:
         return torch.stack([gg, torch.zeros_like(gg), torch.zeros_like(gg)], dim=1)
-    diffs = torch._foreach_sub(grads, prev_grads)
-    dd = torch.stack(torch._foreach_norm(diffs)) ** 2
-    torch._foreach_mul_(diffs, grads)
-    gd = torch.stack([product.sum() for product in diffs])
-    return torch.stack([gg, gd, dd], dim=1)
+    others: Tensors = batch.prev_grads
+    if not batch.is_clipped_globally:
+        others = torch._foreach_sub(batch.grads, batch.prev_grads)
+    oo = torch.stack(torch._foreach_norm(others)) ** 2
+    go = torch.stack([product.sum() for product in torch._foreach_mul(batch.grads, others)])
+    return torch.stack([gg, go, oo], dim=1)
 
 
 def moments_(batch: Batch) -> None:
     """m_t = beta1 m_{t-1} + (1-beta1) c~_t and v_t = beta2 v_{t-1} + (1-beta2) c~_t^2; keep g_t where asked."""
     beta1, beta2 = batch.treatment.beta1, batch.treatment.beta2
-    c: Tensors = batch.grads
-    if not _is_one(batch.grad_weight):
-        c = torch._foreach_mul(c, batch.grad_weight)
+    grads: Tensors = batch.grads
+    if not _is_one(batch.grad_coefficient):
+        grads = torch._foreach_mul(grads, batch.grad_coefficient)
+    c = grads
     if batch.prev_grads is not None:
-        diffs = torch._foreach_sub(batch.grads, batch.prev_grads)
-        torch._foreach_mul_(diffs, batch.diff_weight)
-        torch._foreach_add_(diffs, c)
-        c = diffs
+        c = torch._foreach_sub(grads, batch.prev_grads)
+        torch._foreach_mul_(c, batch.kappa)
+        torch._foreach_add_(c, grads)
+    if not _is_one(batch.clip):
+        c = torch._foreach_mul(c, batch.clip)
     torch._foreach_lerp_(batch.state["exp_avg"], c, 1 - beta1)
     if "exp_avg_sq" in batch.state:
         torch._foreach_mul_(batch.state["exp_avg_sq"], beta2)
         torch._foreach_addcmul_(batch.state["exp_avg_sq"], c, c, 1 - beta2)
     if batch.next_grads is not None:
-        torch._foreach_copy_(batch.next_grads, batch.grads)
-        if not _is_one(batch.grad_coefficient):
-            torch._foreach_mul_(batch.next_grads, batch.grad_coefficient)
+        torch._foreach_copy_(batch.next_grads, grads)
 
 
 def descend_(batch: Batch, directions: Tensors, scales: list[float]) -> None:

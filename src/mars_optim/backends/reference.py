@@ -8,16 +8,16 @@ from torch import Tensor
 from mars_optim.batch import Batch, Scalar, Weight
 
 
-def gradient_products(grads: list[Tensor], prev_grads: list[Tensor] | None) -> Tensor:
-    """Return (g.g, g.d, d.d), d = g - g', for each tensor: shape (n, 3)."""
+def gradient_products(batch: Batch) -> Tensor:
+    """Return (g.g, g.o, o.o) for each tensor, o = g' under global clipping, else g - g': shape (n, 3)."""
     rows: list[Tensor] = []
-    for i, g in enumerate(grads):
-        if prev_grads is None:
+    for i, g in enumerate(batch.grads):
+        if batch.prev_grads is None:
             zero = g.new_zeros(())
             rows.append(torch.stack([(g * g).sum(), zero, zero]))
         else:
-            d = g - prev_grads[i]
-            rows.append(torch.stack([(g * g).sum(), (g * d).sum(), (d * d).sum()]))
+            other = batch.prev_grads[i] if batch.is_clipped_globally else g - batch.prev_grads[i]
+            rows.append(torch.stack([(g * g).sum(), (g * other).sum(), (other * other).sum()]))
     return torch.stack(rows)
 
 
@@ -26,14 +26,16 @@ def moments_(batch: Batch) -> None:
     beta1, beta2 = batch.treatment.beta1, batch.treatment.beta2
     v = batch.state.get("exp_avg_sq")
     for i, (g, m) in enumerate(zip(batch.grads, batch.state["exp_avg"], strict=True)):
-        c = g * _at(batch.grad_weight, i)
+        g = g * batch.grad_coefficient
+        c = g
         if batch.prev_grads is not None:
-            c = c + (g - batch.prev_grads[i]) * _at(batch.diff_weight, i)
+            c = g + (g - batch.prev_grads[i]) * _at(batch.kappa, i)
+        c = c * _at(batch.clip, i)
         m.mul_(beta1).add_(c * (1 - beta1))
         if v is not None:
             v[i].mul_(beta2).add_(c * c * (1 - beta2))
         if batch.next_grads is not None:
-            batch.next_grads[i].copy_(g * batch.grad_coefficient)
+            batch.next_grads[i].copy_(g)
 
 
 def descend_(batch: Batch, directions: list[Tensor], scales: list[float]) -> None:
