@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint types check mutants clean
+.PHONY: train test gpu lint types check mutants clean
 
 train: $(VENV)/.ready
 	$(BIN)/mars train $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# What only a CUDA device can show; visibly skipped without one.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/test_gpu.py -v -rs
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

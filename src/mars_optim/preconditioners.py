@@ -40,12 +40,14 @@ def polar_(backend: Backend, batch: Batch) -> None:
     moments: list[Tensor] = []
     blocks: list[Tensor] = []
     for m, direction in zip(batch.state["exp_avg"], directions, strict=True):
+        if torch.is_grad_enabled():
+            m = m.clone()  # differentiable: the next step overwrites the momentum that this one's graph needs
         moments += matrices(m, treatment.matrix_view)
         blocks += matrices(direction, treatment.matrix_view)
     for block, factor in zip(blocks, polar_factors(moments, treatment.polar), strict=True):
         rows, columns = block.shape[-2:]
         scale = update_scale(treatment.update_scale, rows, columns, transposed=treatment.matrix_transposed)
-        torch.mul(factor, scale, out=block)
+        block.copy_(factor * scale)
     backend.descend_(batch, directions, [1.0] * len(directions))
 
 
