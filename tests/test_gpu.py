@@ -35,7 +35,7 @@ def train(device: str, dtype: torch.dtype, num_steps: int, **options: Any) -> li
     for _ in range(num_steps):
         x = torch.randn(64, 16, generator=generator, dtype=torch.float64).to(device, dtype)
         y = torch.randn(64, 8, generator=generator, dtype=torch.float64).to(device, dtype)
-        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        optimizer.step(closure)
     return [p.detach().double().cpu() for p in model.parameters()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .hyperparameters import Gamma, check_group, fold_lr_1d, treatments
 from .polar import MatrixView
 from .preconditioners import PRECONDITIONERS
 from .state import complete, keep_params, restore, shield
+
+Loss = TypeVar("Loss")  # whatever the closure returns: a float or a tensor
 
 
 class MARS(Optimizer):
@@ -142,8 +144,8 @@ class MARS(Optimizer):
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Take one step.
 
         Args:
@@ -233,7 +235,7 @@ class MARS(Optimizer):
         clip_by_group_(clipped)
         return taken
 
-    def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
+    def _evaluate(self, closure: Callable[[], Loss] | None) -> Loss | None:
         if closure is None:
             return None
         with torch.enable_grad():
