@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,31 @@ def blocks(language: str) -> list[tuple[str, str]]:
         for code in re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
             found.append((f"{document.name}-{len(found)}", code))
     return found
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if "```bash" in d.read_text(encoding="utf-8")], ids=lambda d: d.name
+)
+def test_commands_of_a_document_run_in_order(document: Path, tmp_path: Path) -> None:
+    """All in one empty folder. Of `make` targets only the existence is checked here; CI runs them."""
+    lines = "\n".join(code for name, code in blocks("bash") if name.startswith(document.name)).splitlines()
+    make_lines = [line for line in lines if line.startswith("make ")]
+    for line in make_lines:
+        subprocess.run(["make", "-n", "-C", str(ROOT), line.split()[1]], check=True, capture_output=True)
+    script = "\n".join(line for line in lines if line not in make_lines)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    result = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_block_is_run_by_a_test() -> None:
+    fences = [line for d in DOCUMENTS for line in d.read_text(encoding="utf-8").splitlines() if line.startswith("```")]
+    assert set(fences) <= {"```python", "```bash", "```"}
+    opening = [fence for fence in fences if fence != "```"]
+    assert len(opening) == len(fences) / 2, "a code block without a language is run by nobody"
 
 
 def test_importing_the_library_imports_torch_only() -> None:

@@ -102,13 +102,14 @@ def fold_lr_1d(group: dict[str, Any]) -> None:
     group["lr_1d_ratio"] = float(lr_1d) / lr
 
 
-def check_group(group: dict[str, Any], names: list[str]) -> None:
-    """Check every hyperparameter of a group and put it into its plain form.
+def check(group: dict[str, Any]) -> None:
+    """Check every hyperparameter of a group (or of the defaults) and put it into its plain form.
 
     Raises:
         ValueError: a value out of range; the message names it and the range.
-        TypeError: a complex parameter under a matrix preconditioner.
+        RuntimeError: switches that cannot be combined.
     """
+    fold_lr_1d(group)
     _check_rate("lr", group["lr"])
     group["betas"] = _check_betas("betas", group["betas"])
     group["betas_1d"] = _check_betas("betas_1d", group["betas_1d"])
@@ -123,7 +124,7 @@ def check_group(group: dict[str, Any], names: list[str]) -> None:
     _check_gamma(group["gamma"])
     if group["first_step"] not in ("paper", "zero"):
         raise ValueError(f"first_step must be 'paper' or 'zero'; got {group['first_step']!r}")
-    chosen = preset(group["mars_type"])
+    preset(group["mars_type"])
     preconditioner = group["preconditioner"]
     if preconditioner is not None and preconditioner not in PRECONDITIONERS:
         known = ", ".join(PRECONDITIONERS)
@@ -139,11 +140,17 @@ def check_group(group: dict[str, Any], names: list[str]) -> None:
         raise RuntimeError("foreach=True cannot be differentiated through; use foreach=None with differentiable=True")
     if group["skip_nonfinite"] and group["capturable"]:
         raise ValueError("skip_nonfinite=True decides on the host, which a CUDA graph cannot; use capturable=False")
-    if PRECONDITIONERS[preconditioner or chosen.preconditioner].matrix_only:
-        _check_matrices(group, names)
 
 
-def _check_matrices(group: dict[str, Any], names: list[str]) -> None:
+def check_matrices(group: dict[str, Any], names: list[str]) -> None:
+    """Check that a matrix preconditioner can take the parameters of its group.
+
+    Raises:
+        TypeError: a complex parameter.
+        ValueError: a split that does not add up to the parameter's dimension.
+    """
+    if not PRECONDITIONERS[group["preconditioner"] or preset(group["mars_type"]).preconditioner].matrix_only:
+        return
     for name, param in zip(names, group["params"], strict=True):
         if param.ndim >= 2 and param.is_complex():
             raise TypeError(

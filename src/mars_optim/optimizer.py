@@ -15,7 +15,7 @@ from .batch import Batch
 from .batching import Member, make_batches
 from .correction import weigh
 from .exact import PreviousGradients, clip_by_group_, replayed_randomness, rewound
-from .hyperparameters import Gamma, check_group, fold_lr_1d, treatments
+from .hyperparameters import Gamma, check, check_matrices, fold_lr_1d, treatments
 from .polar import MatrixView
 from .preconditioners import PRECONDITIONERS
 from .state import complete, keep_params, restore, shield
@@ -119,6 +119,7 @@ class MARS(Optimizer):
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         defaults |= {"schedule_step": 0, "num_skipped_steps": 0}
+        check(dict(defaults))  # before the parameters, as torch.optim does
         self._previous: PreviousGradients | None = None
         self._inside_previous_params = False
         super().__init__(cast("Iterable[Tensor]", params), defaults)
@@ -130,8 +131,8 @@ class MARS(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            fold_lr_1d(group)
-            check_group(group, _names(group))
+            check(group)
+            check_matrices(group, _names(group))
         except Exception:
             self.param_groups.pop()
             raise
@@ -194,10 +195,14 @@ class MARS(Optimizer):
                 scale. If they overflowed, the scale backs off at once and the next step is skipped and counted.
 
         Raises:
-            RuntimeError: the optimizer is in approx mode, or the block is entered inside itself.
+            RuntimeError: the optimizer is in approx mode or differentiable, or the block is entered inside itself.
         """
         if all(group["is_approx"] for group in self.param_groups):
             raise RuntimeError("previous_params() is for exact mode; construct the optimizer with is_approx=False")
+        if any(group["differentiable"] for group in self.param_groups):
+            raise RuntimeError(
+                "exact mode cannot be differentiated through; use is_approx=True with differentiable=True"
+            )
         if self._inside_previous_params:
             raise RuntimeError("previous_params() was entered inside itself; leave the first block before")
         params = [p for group in self.param_groups for p in group["params"]]
