@@ -138,6 +138,8 @@ def check(group: dict[str, Any]) -> None:
         raise RuntimeError("fused=True: no fused backend is built into this version; use fused=None")
     if group["foreach"] and group["differentiable"]:
         raise RuntimeError("foreach=True cannot be differentiated through; use foreach=None with differentiable=True")
+    if group["differentiable"] and not group["is_approx"]:
+        raise RuntimeError("exact mode cannot be differentiated through; use is_approx=True with differentiable=True")
     if group["skip_nonfinite"] and group["capturable"]:
         raise ValueError("skip_nonfinite=True decides on the host, which a CUDA graph cannot; use capturable=False")
 

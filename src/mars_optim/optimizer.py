@@ -195,14 +195,10 @@ class MARS(Optimizer):
                 scale. If they overflowed, the scale backs off at once and the next step is skipped and counted.
 
         Raises:
-            RuntimeError: the optimizer is in approx mode or differentiable, or the block is entered inside itself.
+            RuntimeError: the optimizer is in approx mode, or the block is entered inside itself.
         """
         if all(group["is_approx"] for group in self.param_groups):
             raise RuntimeError("previous_params() is for exact mode; construct the optimizer with is_approx=False")
-        if any(group["differentiable"] for group in self.param_groups):
-            raise RuntimeError(
-                "exact mode cannot be differentiated through; use is_approx=True with differentiable=True"
-            )
         if self._inside_previous_params:
             raise RuntimeError("previous_params() was entered inside itself; leave the first block before")
         params = [p for group in self.param_groups for p in group["params"]]
