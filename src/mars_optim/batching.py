@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Treatment
+from .exact import PreviousGradients
+from .hyperparameters import fold_lr_1d, treatments
 from .polar import update_scale
 from .preconditioners import PRECONDITIONERS
-from .state import arithmetic_dtype
+from .state import arithmetic_dtype, complete
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,52 @@ class Member:
     @property
     def is_corrected(self) -> bool:
         return self.treatment.gamma is not None
+
+
+def members_of(
+    group: dict[str, Any], states: MutableMapping[Tensor, dict[str, Any]], previous: PreviousGradients | None
+) -> list[Member]:
+    """Collect the parameters of `group` that take part in this step, and create what state they lack.
+
+    Raises:
+        RuntimeError: a sparse gradient.
+        ValueError: exact mode without an evaluation at the previous weights.
+    """
+    fold_lr_1d(group)
+    vector, main = treatments(group)
+    members: list[Member] = []
+    for name, p in zip(names_of(group), group["params"], strict=True):
+        if p.grad is None:
+            continue
+        if p.grad.is_sparse:
+            raise RuntimeError(
+                f"MARS does not support sparse gradients, and parameter {name} has one; construct the embedding with "
+                "sparse=False"
+            )
+        treatment = vector if p.ndim < 2 else main
+        state = states[p]
+        member = Member(name, p, state, treatment, None if previous is None else previous.grads.get(p))
+        only_materialises = not state and _is_materialising(p, group)
+        names = ["step", "exp_avg", *PRECONDITIONERS[treatment.preconditioner].state_names(treatment)]
+        if member.is_corrected:
+            names += ["has_prev", "prev_grad"] if group["is_approx"] else ["has_prev"]
+            if ("prev_grad" if group["is_approx"] else "prev_param") not in state:
+                state.pop("has_prev", None)  # it spoke of the other mode's buffer
+        complete(state, p, names, capturable=group["capturable"])
+        if only_materialises:
+            continue
+        if member.is_corrected and not group["is_approx"] and previous is None:
+            raise ValueError(
+                "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
+                "compute it inside `with optimizer.previous_params():` before the gradient of this step"
+            )
+        members.append(member)
+    return members
+
+
+def names_of(group: dict[str, Any]) -> list[str]:
+    """Return what to call the parameters of `group` in messages."""
+    return group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
 
 
 def make_batches(members: Sequence[Member], group: dict[str, Any]) -> list[Batch]:
@@ -109,3 +157,8 @@ def _update_scale(param: Tensor, treatment: Treatment) -> float:
         return 1.0
     rows = param.shape[0]
     return update_scale(treatment.update_scale, rows, param.numel() // rows, transposed=treatment.matrix_transposed)
+
+
+def _is_materialising(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a checkpoint tool only wants the state to exist: a zero gradient and lr = 0 before any step."""
+    return float(group["lr"]) == 0 and param.grad is not None and not bool(param.grad.any())

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,42 @@ def replayed_randomness(devices: set[torch.device]) -> Generator[None, None, Non
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-def clip_by_group_(grads: Sequence[tuple[Tensor, float]]) -> None:
-    """Scale gradients, each given with its group's `max_grad_norm`, as `clip_grad_norm_` would."""
-    if not grads:
-        return
-    norms = [torch.linalg.vector_norm(g, dtype=_norm_dtype(g)).to(grads[0][0].device) for g, _ in grads]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for g, max_norm in grads:
-        g.mul_(clip_coefficient(total, max_norm).to(g.device))
+@torch.no_grad()
+def take_gradients(
+    param_groups: Sequence[dict[str, Any]], grad_scaler: torch.amp.GradScaler | None
+) -> PreviousGradients:
+    """Copy the gradients out of `p.grad`, which DDP and others may write again; unscale and clip them.
+
+    Each evaluation is clipped by its own global norm, as `clip_grad_norm_` after each backward would.
+    """
+    taken = PreviousGradients()
+    clipped: list[tuple[Tensor, float]] = []
+    for group in param_groups:
+        for p in group["params"]:
+            if p.grad is None or p.grad.is_sparse:
+                continue
+            taken.grads[p] = p.grad.detach().clone()
+            if group["max_grad_norm"] is not None:
+                clipped.append((taken.grads[p], group["max_grad_norm"]))
+    if grad_scaler is not None and grad_scaler.is_enabled():
+        scale = grad_scaler.get_scale()
+        for grad in taken.grads.values():
+            grad.div_(scale)
+        if not all_finite(taken.grads.values()):
+            taken.overflowed = True
+            grad_scaler.update(scale * grad_scaler.get_backoff_factor())
+    if clipped:
+        device = clipped[0][0].device
+        norms = [torch.linalg.vector_norm(g, dtype=_norm_dtype(g)).to(device) for g, _ in clipped]
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        for g, max_norm in clipped:
+            g.mul_(clip_coefficient(total, max_norm).to(g.device))
+    return taken
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds an inf or nan; waits for the device."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def _norm_dtype(grad: Tensor) -> torch.dtype | None:

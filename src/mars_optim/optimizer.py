@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 from . import backends, schedules
 from .batch import Batch
-from .batching import Member, make_batches
+from .batching import make_batches, members_of, names_of
 from .correction import weigh
-from .exact import PreviousGradients, clip_by_group_, replayed_randomness, rewound
-from .hyperparameters import Gamma, check, check_matrices, fold_lr_1d, treatments
+from .exact import PreviousGradients, all_finite, replayed_randomness, rewound, take_gradients
+from .hyperparameters import Gamma, check, check_matrices, fold_lr_1d
 from .polar import MatrixView
 from .preconditioners import PRECONDITIONERS
-from .state import complete, keep_params, restore, shield
+from .state import keep_params, restore, shield
 
 Loss = TypeVar("Loss")  # whatever the closure returns: a float or a tensor
 
@@ -132,7 +132,7 @@ class MARS(Optimizer):
         group = self.param_groups[-1]
         try:
             check(group)
-            check_matrices(group, _names(group))
+            check_matrices(group, names_of(group))
         except Exception:
             self.param_groups.pop()
             raise
@@ -167,7 +167,7 @@ class MARS(Optimizer):
             previous, self._previous = self._previous, None
             if self._must_skip(previous):
                 return loss
-            members = [self._members(group, previous) for group in self.param_groups]
+            members = [members_of(group, self.state, previous) for group in self.param_groups]
             self._keep_params()
             batches: list[Batch] = []
             selected: list[backends.Backend] = []
@@ -209,32 +209,10 @@ class MARS(Optimizer):
         try:
             with rewound(pairs), replayed_randomness({p.device for p in params}):
                 yield
-            self._previous = self._take_gradients(grad_scaler)
+            self._previous = take_gradients(self.param_groups, grad_scaler)
         finally:
             self._inside_previous_params = False
             self.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def _take_gradients(self, grad_scaler: torch.amp.GradScaler | None) -> PreviousGradients:
-        """Copy the gradients out of `p.grad`: DDP and others may write that memory again."""
-        taken = PreviousGradients()
-        clipped: list[tuple[Tensor, float]] = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or p.grad.is_sparse:
-                    continue
-                taken.grads[p] = p.grad.detach().clone()
-                if group["max_grad_norm"] is not None:
-                    clipped.append((taken.grads[p], group["max_grad_norm"]))
-        if grad_scaler is not None and grad_scaler.is_enabled():
-            scale = grad_scaler.get_scale()
-            for grad in taken.grads.values():
-                grad.div_(scale)
-            if not _all_finite(taken.grads.values()):
-                taken.overflowed = True
-                grad_scaler.update(scale * grad_scaler.get_backoff_factor())
-        clip_by_group_(clipped)
-        return taken
 
     def _evaluate(self, closure: Callable[[], Loss] | None) -> Loss | None:
         if closure is None:
@@ -251,44 +229,11 @@ class MARS(Optimizer):
             if not any(group["skip_nonfinite"] for group in self.param_groups):
                 return False
             grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if _all_finite(grads + list(previous.grads.values() if previous else ())):
+            if all_finite(grads + list(previous.grads.values() if previous else ())):
                 return False
         for group in self.param_groups:
             group["num_skipped_steps"] += 1
         return True
-
-    def _members(self, group: dict[str, Any], previous: PreviousGradients | None) -> list[Member]:
-        """Collect the parameters of `group` that take part in this step, and create what state they lack."""
-        fold_lr_1d(group)
-        vector, main = treatments(group)
-        members: list[Member] = []
-        for name, p in zip(_names(group), group["params"], strict=True):
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError(
-                    f"MARS does not support sparse gradients, and parameter {name} has one; construct the embedding "
-                    "with sparse=False"
-                )
-            treatment = vector if p.ndim < 2 else main
-            prev_grad = None if previous is None else previous.grads.get(p)
-            member = Member(name, p, self.state[p], treatment, prev_grad)
-            only_materialises = not member.state and _is_materialising(p, group)
-            names = ["step", "exp_avg", *PRECONDITIONERS[treatment.preconditioner].state_names(treatment)]
-            if member.is_corrected:
-                names += ["has_prev", "prev_grad"] if group["is_approx"] else ["has_prev"]
-                if ("prev_grad" if group["is_approx"] else "prev_param") not in member.state:
-                    member.state.pop("has_prev", None)  # it spoke of the other mode's buffer
-            complete(member.state, p, names, capturable=group["capturable"])
-            if only_materialises:
-                continue
-            if member.is_corrected and not group["is_approx"] and previous is None:
-                raise ValueError(
-                    "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
-                    "compute it inside `with optimizer.previous_params():` before the gradient of this step"
-                )
-            members.append(member)
-        return members
 
     def _keep_params(self) -> None:
         """Exact mode: x_t is the next step's x_{t-1}, also for parameters without correction or gradient."""
@@ -330,16 +275,3 @@ class MARS(Optimizer):
             for p in group["params"]:
                 if p in self.state:
                     self.state[p] = restore(self.state[p], p, capturable=group["capturable"])
-
-
-def _names(group: dict[str, Any]) -> list[str]:
-    return group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
-
-
-def _is_materialising(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a checkpoint tool only wants the state to exist: a zero gradient and lr = 0 before any step."""
-    return float(group["lr"]) == 0 and param.grad is not None and not bool(param.grad.any())
-
-
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
