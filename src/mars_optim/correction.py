@@ -46,11 +46,14 @@ def weigh(batches: Sequence[Batch], backends: Sequence[Backend]) -> None:
 
 def _corrected_norm(batch: Batch, product: Tensor, kappa: Scalar) -> Tensor:
     """||c_t|| of each tensor, shape (n,), from c = a g + b o."""
+    gg, go, oo = product.unbind(1)
     if batch.is_clipped_globally:
         a, b = batch.grad_coefficient * (1 + kappa), -kappa
+        # s is 0 where squares of finite gradients overflow, as in clip_grad_norm_; then s g is 0, but 0 * inf is not.
+        vanished = torch.as_tensor(batch.grad_coefficient == 0)
+        gg, go = gg.masked_fill(vanished, 0), go.masked_fill(vanished, 0)
     else:
         a, b = 1.0, kappa
-    gg, go, oo = product.unbind(1)
     squared = a**2 * gg + 2 * a * b * go + b**2 * oo
     return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # tiny: a finite slope at 0
 

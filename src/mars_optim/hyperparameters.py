@@ -173,7 +173,7 @@ def _check_rate(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: a Tensor lr must be 1-element; got shape {tuple(value.shape)}")
-        return
+        value = value.item()
     _check_number(name, value)
 
 

@@ -134,7 +134,9 @@ def newton_schulz(x: Tensor, polynomials: Sequence[Triple]) -> Tensor:
 
 
 def _polar_by_svd(x: Tensor) -> Tensor:
-    u, sigma, vh = torch.linalg.svd(x, full_matrices=False)
+    bad = ~x.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)  # torch refuses these for all the others
+    u, sigma, vh = torch.linalg.svd(x.masked_fill(bad, 0), full_matrices=False)
     # The factor is unique only on the range: directions of zero singular value are left out, not invented.
     cutoff = torch.finfo(x.dtype).eps * max(x.shape[-2:]) * sigma[..., :1]
-    return (u * (sigma > cutoff).to(x.dtype).unsqueeze(-2)) @ vh
+    factor = (u * (sigma > cutoff).to(x.dtype).unsqueeze(-2)) @ vh
+    return factor.masked_fill(bad, torch.nan)
