@@ -1,0 +1,216 @@
+"""GPT-2 on one page.
+
+Every name in the state dict is the one Hugging Face's `GPT2LMHeadModel` uses; the linear weights are stored
+(out, in) as `torch.nn.Linear` does, where Hugging Face's `Conv1D` has (in, out).
+
+A suffix on a name gives its shape:
+    B batch    T position    D width    H head    K width of one head (D = H * K)    V vocabulary
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mars_lab.errors import InputError
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of the model. The defaults are the small model of the default recipe, not GPT-2 small."""
+
+    num_layers: int = 4
+    num_heads: int = 3
+    width: int = 192
+    context_length: int = 256
+    """Longest sequence, in tokens."""
+    vocab_size: int = 4096
+    """Rows of the embedding; at least as many as the tokenizer has entries."""
+    bias: bool = False
+    """Biases in linear layers and layer norms."""
+    dropout: float = 0.0
+    scale_attn_by_inverse_layer_idx: bool = True
+    """Divide the attention logits of layer i (from 0) by i + 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "width", "context_length", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.num_heads:
+            raise InputError(
+                f"model.width ({self.width}) must be a multiple of model.num_heads ({self.num_heads}); "
+                f"the nearest that fits is {max(1, round(self.width / self.num_heads)) * self.num_heads}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"model.dropout must be in [0, 1), got {self.dropout}")
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `c_attn` holds Q, K and V, stacked in this order along its rows."""
+
+    def __init__(self, config: GPT2Config, layer_index: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.c_proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.scale = 1.0 / math.sqrt(config.width // config.num_heads)
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer_index + 1
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q_BHTK, k_BHTK, v_BHTK = (
+            part_BTD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part_BTD in self.c_attn(x_BTD).chunk(3, dim=-1)
+        )
+        dropout = self.dropout if self.training else 0.0
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BHTK, v_BHTK, dropout_p=dropout, is_causal=True, scale=self.scale
+        )
+        return self.resid_dropout(self.c_proj(y_BHTK.transpose(1, 2).flatten(2)))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the tanh form of GELU."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, 4 * config.width, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.width, config.width, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x_BTD), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: GPT2Config, layer_index: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, bias=config.bias)
+        self.attn = Attention(config, layer_index)
+        self.ln_2 = nn.LayerNorm(config.width, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD))
+        return x_BTD + self.mlp(self.ln_2(x_BTD))
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks, the last norm."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.width)
+        self.wpe = nn.Embedding(config.context_length, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.ln_f = nn.LayerNorm(config.width, bias=config.bias)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self.drop(self.wte(tokens_BT) + self.wpe(positions_T))
+        for block in self.h:
+            x_BTD = block(x_BTD)
+        return self.ln_f(x_BTD)
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its output head tied to the token embedding (Radford et al., 2019).
+
+    Weights start as GPT-2's: normal with deviation 0.02, divided by sqrt(2 * num_layers) for the two
+    projections of each block that write into the residual stream; biases 0, norms 1.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                num_residual = 2 * config.num_layers if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(num_residual))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) of the token that follows each position; T is at most `context_length`."""
+        if tokens_BT.shape[1] > self.config.context_length:
+            raise ValueError(
+                f"a sequence of {tokens_BT.shape[1]} tokens exceeds context_length "
+                f"({self.config.context_length}); pass its last {self.config.context_length} tokens"
+            )
+        return self.lm_head(self.transformer(tokens_BT))
+
+
+@torch.no_grad()
+def generate(
+    model: GPT2, prompt_T: Tensor, num_tokens: int, *, temperature: float, top_k: int | None, seed: int
+) -> Tensor:
+    """`prompt_T` (int64, at least one token) followed by `num_tokens` sampled ones.
+
+    The whole window is recomputed for each token: at this size a key-value cache would cost more to read than
+    it saves to run. `temperature` 0 takes the likeliest token; `top_k` keeps the k likeliest, None keeps all.
+    """
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator(device=prompt_T.device).manual_seed(seed)
+    tokens_T = prompt_T
+    for _ in range(num_tokens):
+        logits_V = model(tokens_T[None, -model.config.context_length :])[0, -1].float()
+        if top_k is not None and top_k < logits_V.numel():
+            logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -torch.inf
+        if temperature == 0:
+            next_1 = logits_V.argmax().view(1)
+        else:
+            next_1 = torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
+        tokens_T = torch.cat((tokens_T, next_1))
+    model.train(was_training)
+    return tokens_T
+
+
+_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def load_hf_state_dict(model: GPT2, hf_state: dict[str, Tensor]) -> None:
+    """Copy the weights of a `GPT2LMHeadModel.state_dict()` into `model`.
+
+    Raises:
+        InputError: the shapes differ, or `model` has no biases and `hf_state` holds one that isn't 0.
+    """
+    own = model.state_dict()
+    extra = [name for name in hf_state if name not in own and not name.endswith((".attn.bias", ".masked_bias"))]
+    for name in extra:
+        if not name.endswith("bias") or hf_state[name].any():
+            raise InputError(f"{name} has no place in this model; build it with bias=True to keep biases")
+    for name, target in own.items():
+        if name not in hf_state:
+            raise InputError(f"{name} is missing from the given state dict")
+        source = hf_state[name].T if name.endswith(_CONV1D) else hf_state[name]
+        if source.shape != target.shape:
+            raise InputError(f"{name} has shape {tuple(source.shape)}, this model needs {tuple(target.shape)}")
+        with torch.no_grad():
+            target.copy_(source)
+
+
+def to_hf_state_dict(model: GPT2) -> dict[str, Tensor]:
+    """The weights as `GPT2LMHeadModel.load_state_dict` takes them; biases the model lacks are written as 0."""
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        state[name] = value.T.contiguous() if name.endswith(_CONV1D) else value
+        if (
+            not model.config.bias
+            and name.startswith("transformer")
+            and name.endswith(
+                ("c_attn.weight", "c_proj.weight", "c_fc.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")
+            )
+        ):
+            state[name.removesuffix("weight") + "bias"] = value.new_zeros(value.shape[0])
+    return state

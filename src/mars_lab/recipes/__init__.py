@@ -1,0 +1,1 @@
+"""Named configurations: typed functions, each a base and what differs from it."""

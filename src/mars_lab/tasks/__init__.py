@@ -1,0 +1,1 @@
+"""What is trained: everything the training loop doesn't know."""

@@ -1,0 +1,110 @@
+"""Language modelling: GPT-2 on a corpus of text."""
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mars_lab.data import tokens
+from mars_lab.data.batches import Windows, evaluation_sequences
+from mars_lab.data.tokens import END_OF_TEXT, DataConfig
+from mars_lab.errors import InputError
+from mars_lab.models.gpt2 import GPT2, GPT2Config, generate
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """A model, its text, and how it is judged."""
+
+    model: GPT2Config = field(default_factory=GPT2Config)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval_sequences: int = 256
+    """Validation windows, spread evenly over the held-out text and the same each time; 0 means all of it."""
+    eval_batch_size: int = 32
+    """Windows evaluated at once; it changes memory and time, not the loss."""
+    sample_tokens: int = 200
+    """Length of the text written at the end of a run; 0 writes none."""
+    sample_prompt: str = "My fellow citizens,"
+
+
+class LanguageTask:
+    """Next-token prediction; a sequence is one window of `context_length` targets."""
+
+    def __init__(self, config: LanguageConfig, seed: int) -> None:
+        self.config = config
+        self.data = tokens.load(config.data)
+        length = config.model.context_length
+        if self.data.tokenizer.get_vocab_size() > config.model.vocab_size:
+            raise InputError(
+                f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer "
+                f"({self.data.tokenizer.get_vocab_size()} entries); raise it, or lower data.tokenizer_size"
+            )
+        self._windows = Windows(self.data.train, length, seed)
+        self._eval_sequences = evaluation_sequences(self.data.val, length, config.eval_sequences)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the token files."""
+        return self.data.fingerprint
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """The context length."""
+        return self.config.model.context_length
+
+    def build_model(self) -> GPT2:
+        """GPT-2 with fresh weights."""
+        return GPT2(self.config.model)
+
+    def batch(self, first: int, count: int) -> Tensor:
+        """Windows of tokens: int64 (count, context_length + 1)."""
+        return self._windows.sequences(first, count)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """Mean cross-entropy per token, in nats."""
+        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, device: str) -> dict[str, float]:
+        """Mean cross-entropy per held-out token, in nats, as `val_loss`."""
+        model.eval()
+        total = 0.0
+        for batch in self._eval_sequences.split(self.config.eval_batch_size):
+            total += self.loss(model, batch.to(device)).item() * len(batch)
+        model.train()
+        return {"val_loss": total / len(self._eval_sequences)}
+
+    def sample(self, model: nn.Module, device: str) -> str:
+        """Text that continues `sample_prompt`."""
+        prompt, num_tokens = self.config.sample_prompt, self.config.sample_tokens
+        return continue_text(self, cast(GPT2, model), prompt, num_tokens, device=device)
+
+
+def continue_text(
+    task: LanguageTask,
+    model: GPT2,
+    prompt: str,
+    num_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """`prompt` and `num_tokens` tokens that the model adds to it; an empty prompt starts a new document.
+
+    Raises:
+        InputError: a negative temperature or number of tokens, or a top_k below 1.
+    """
+    if num_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise InputError(
+            "sampling needs num_tokens >= 0, temperature >= 0 and top_k >= 1, "
+            f"got {num_tokens}, {temperature} and {top_k}"
+        )
+    tokenizer = task.data.tokenizer
+    ids = tokenizer.encode(prompt).ids or [tokenizer.token_to_id(END_OF_TEXT)]
+    prompt_T = torch.tensor(ids, device=device)
+    out = generate(model, prompt_T, num_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    return tokenizer.decode(out.tolist(), skip_special_tokens=False)

@@ -1,0 +1,39 @@
+"""The interface between a task and the training loop."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Task(Protocol):
+    """A model, its batches, its loss and its evaluation."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the data does; a run is only resumed on the data it began with."""
+        ...
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Training targets in one sequence of a batch (1 where a sequence is a single example)."""
+        ...
+
+    def build_model(self) -> nn.Module:
+        """A freshly initialised model, drawn from torch's global generator."""
+        ...
+
+    def batch(self, first: int, count: int) -> Tensor:
+        """Training sequences number `first` to `first + count - 1` since the start: a pure function."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """Mean training loss over the targets of `batch`, a scalar."""
+        ...
+
+    def evaluate(self, model: nn.Module, device: str) -> dict[str, float]:
+        """Measures on held-out data, `val_loss` among them; leaves every random generator as it was."""
+        ...
+
+    def sample(self, model: nn.Module, device: str) -> str:
+        """Something a person can look at to judge the model; leaves every random generator as it was."""
+        ...

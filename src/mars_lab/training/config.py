@@ -1,0 +1,131 @@
+"""The configuration of a run: frozen, typed, and written to `config.json` as it was used."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from mars_lab.errors import InputError
+from mars_lab.tasks.language import LanguageConfig
+
+OptimizerName = Literal["adamw", "muon", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer and its hyperparameters; those that a type doesn't have are left unused."""
+
+    name: OptimizerName = "mars-m"
+    """`adamw` and `muon` are torch's own; the others are MARS."""
+    mode: Literal["approx", "exact"] = "approx"
+    """MARS only. `exact` evaluates two gradients a step: this batch at the previous and the current weights."""
+    lr: float = 0.02
+    """Peak learning rate; of the matrices where `lr_1d` is given."""
+    lr_1d: float | None = None
+    """MARS and Muon: peak rate of norms, biases and (muon, mars-m, mars-shampoo) embeddings; None means `lr`."""
+    betas: tuple[float, float] = (0.95, 0.99)
+    """Decay of the momentum and of the second moment. Muon uses the first."""
+    betas_1d: tuple[float, float] = (0.9, 0.95)
+    """The same for what `lr_1d` is for."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings."""
+    weight_decay_1d: float = 0.0
+    """The same of norms and biases."""
+    gamma: float = 0.025
+    """MARS: strength of the gradient correction."""
+    clip_norm: float | None = 1.0
+    """MARS: limit on the norm of each corrected gradient; None switches it off."""
+    max_grad_norm: float | None = 1.0
+    """Limit on the norm of the whole gradient; None switches it off."""
+
+    def __post_init__(self) -> None:
+        if self.mode == "exact" and not self.name.startswith("mars-"):
+            raise InputError(f"optimizer.mode=exact is for the MARS types, not for {self.name!r}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large, how often."""
+
+    num_steps: int = 400
+    batch_size: int = 16
+    """Sequences in one forward and backward pass."""
+    num_accumulation_steps: int = 1
+    """Passes whose gradients are averaged into one step."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after the warm-up; wsd is constant, then linear over the last fifth."""
+    warmup_fraction: float = 0.1
+    """Share of the steps in which the learning rate rises to its peak."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at the end, as a multiple of the peak (cosine and wsd)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 runs the model under autocast. auto: bf16 where the hardware multiplies it, otherwise fp32."""
+    compile: bool = False
+    """Compile the model; pays off in long runs only."""
+    device: str = "auto"
+    """auto: cuda if there is one, otherwise cpu."""
+    seed: int = 0
+    """Of the weights, the order of the data and dropout."""
+    eval_every: int = 50
+    """Steps between evaluations; the first and the last step are always evaluated."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one is always written at the end."""
+    num_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
+
+    def __post_init__(self) -> None:
+        positive = ("num_steps", "batch_size", "num_accumulation_steps", "eval_every", "checkpoint_every")
+        for name in (*positive, "num_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_fraction", "final_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError:
+            raise InputError(f"train.device must be auto, cpu or cuda, got {self.device!r}") from None
+
+    def resolved(self) -> "TrainConfig":
+        """The same with every `auto` replaced by what this machine has."""
+        device, precision = self.device, self.precision
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if precision == "auto":
+            cpu = torch.cpu.get_capabilities()
+            has_bf16 = device != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+            precision = "bf16" if has_bf16 else "fp32"
+        return dataclasses.replace(self, device=device, precision=precision)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    task: Annotated[LanguageConfig, tyro.conf.arg(name="")] = field(default_factory=LanguageConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def from_dict(cls: Any, values: dict[str, Any], path: str = "") -> Any:
+    """Undo `dataclasses.asdict`, also after a trip through JSON.
+
+    Raises:
+        InputError: a key that `cls` doesn't have.
+    """
+    hints = typing.get_type_hints(cls)
+    if unknown := set(values) - set(hints):
+        raise InputError(f"unknown configuration key {path}{sorted(unknown)[0]}; known: {', '.join(hints)}")
+    return cls(**{name: _restore(hints[name], value, f"{path}{name}.") for name, value in values.items()})
+
+
+def _restore(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path)
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in hint.__args__ if arm is not types.NoneType)
+    return tuple(value) if typing.get_origin(hint) is tuple and value is not None else value

@@ -1,0 +1,170 @@
+"""From an `OptimizerConfig` to something the loop can step, whether it is one optimizer or two."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
+
+from mars_lab.training.config import OptimizerConfig, TrainConfig
+from mars_optim import MARS, param_groups
+from mars_optim.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay
+
+_DECAYING = {"cosine": WarmupCosine, "wsd": WarmupStableDecay}
+
+
+class Stepper:
+    """One or more torch optimizers over disjoint parameters, their schedules and global clipping, as one.
+
+    `audit` says which parameter is treated how. `gradient_evaluations` is the number of gradients a step needs.
+    """
+
+    def __init__(
+        self, parts: list[torch.optim.Optimizer], audit: str, config: OptimizerConfig, train: TrainConfig
+    ) -> None:
+        self.parts = parts
+        self.audit = audit
+        self.gradient_evaluations = 2 if config.mode == "exact" else 1
+        self._max_grad_norm = config.max_grad_norm
+        self._peak_lr = config.lr
+        self._multiplier = _multiplier(train)
+        self._schedulers = [LambdaLR(part, self._multiplier) for part in parts]
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next step, of the parameters that `config.lr` is for."""
+        return self._peak_lr * self._multiplier(self._schedulers[0].last_epoch)
+
+    def step(self, backward: Callable[[], float], *, measure_norm: bool) -> tuple[float, float | None]:
+        """Take one step.
+
+        Args:
+            backward: computes the mean loss of this step's batch, leaves its gradient in `.grad`, returns it.
+                Called twice in exact mode, at the previous and then at the current weights.
+            measure_norm: also measure the gradient's norm before clipping (it costs a pass over the gradients
+                where the optimizer clips by itself).
+
+        Returns:
+            The loss at the current weights, and the norm or None.
+        """
+        mars = self.parts[0]
+        if isinstance(mars, MARS) and self.gradient_evaluations == 2:
+            with mars.previous_params():
+                backward()
+        loss = backward()
+        norm = self._clip(measure_norm, clips_itself=isinstance(mars, MARS))
+        for part, scheduler in zip(self.parts, self._schedulers, strict=True):
+            part.step()
+            part.zero_grad(set_to_none=True)
+            scheduler.step()
+        return loss, norm
+
+    def _clip(self, measure_norm: bool, *, clips_itself: bool) -> float | None:
+        parameters = [p for part in self.parts for group in part.param_groups for p in group["params"]]
+        if self._max_grad_norm is not None and not clips_itself:
+            norm: Tensor = clip_grad_norm_(parameters, self._max_grad_norm)
+        elif measure_norm:
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            return None
+        return norm.item() if measure_norm else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the optimizers and of the schedules."""
+        return {
+            "parts": [part.state_dict() for part in self.parts],
+            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        for part, value in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(value)
+        for scheduler, value in zip(self._schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(value)
+
+
+def build(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Stepper:
+    """The optimizer that `config` names, over every trainable parameter of `model`."""
+    if config.name == "adamw":
+        return _adamw(model, config, train)
+    if config.name == "muon":
+        return _muon(model, config, train)
+    mars_type = config.name.removeprefix("mars-")
+    groups = param_groups(
+        model,
+        mars_type,
+        lr=config.lr,
+        lr_1d=config.lr_1d,
+        betas=config.betas,
+        betas_1d=config.betas_1d,
+        weight_decay=config.weight_decay,
+        weight_decay_1d=config.weight_decay_1d,
+        gamma=config.gamma,
+        clip_norm=config.clip_norm,
+    )
+    mars = MARS(
+        groups,
+        lr=config.lr,
+        mars_type=mars_type,
+        is_approx=config.mode == "approx",
+        max_grad_norm=config.max_grad_norm,
+    )
+    return Stepper([mars], str(groups.audit), config, train)
+
+
+def _adamw(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Stepper:
+    """torch.optim.AdamW; matrices and embeddings decay, norms and biases don't, as in nanoGPT."""
+    named = _trainable(model)
+    groups = [
+        {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": config.weight_decay_1d},
+    ]
+    audit = _audit({name: "adamw, decayed" if p.dim() >= 2 else "adamw" for name, p in named.items()}, named)
+    return Stepper([torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)], audit, config, train)
+
+
+def _muon(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Stepper:
+    """torch.optim.Muon on the hidden matrices, torch.optim.AdamW on embeddings, head, norms and biases.
+
+    Updates are scaled by 0.2 * sqrt(max(rows, cols)) ("match_rms_adamw"), so that both can share a rate.
+    """
+    named = _trainable(model)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kind = {name: "muon" if p.dim() == 2 and id(p) not in embeddings else "adamw" for name, p in named.items()}
+    muon = torch.optim.Muon(
+        [p for name, p in named.items() if kind[name] == "muon"],
+        lr=config.lr,
+        momentum=config.betas[0],
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    lr = config.lr if config.lr_1d is None else config.lr_1d
+    rest = [p for name, p in named.items() if kind[name] == "adamw"]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": config.weight_decay_1d},
+        ],
+        lr=lr,
+        betas=config.betas_1d,
+        fused=True,
+    )
+    return Stepper([muon, adamw], _audit(kind, named), config, train)
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _audit(kinds: dict[str, str], named: dict[str, nn.Parameter]) -> str:
+    return "\n".join(f"{name:40} {tuple(named[name].shape)!s:16} {kind}" for name, kind in kinds.items())
+
+
+def _multiplier(train: TrainConfig) -> Callable[[int], float]:
+    num_warmup_steps = round(train.warmup_fraction * train.num_steps)
+    if train.schedule == "constant":
+        return WarmupConstant(num_warmup_steps)
+    return _DECAYING[train.schedule](num_warmup_steps, train.num_steps, train.final_lr_ratio)
