@@ -17,6 +17,7 @@ from mars_lab.recipes.registry import DEFAULT, RECIPES, recipe
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
 from mars_lab.training import launch, run_folder
+from mars_lab.training.allocator import keep_freed_memory
 from mars_lab.training.config import RunConfig
 from mars_lab.training.interruption import Interrupted
 from mars_lab.training.loop import train
@@ -160,6 +161,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: the process's own); a mistake ends it with one line and code 2."""
+    keep_freed_memory()
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE, end="")
