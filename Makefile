@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 train: $(VENV)/.ready
 	$(BIN)/mars train $(ARGS)
 
+# Two workers of one thread each: more threads than cores make each other wait.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 # What only a CUDA device can show; visibly skipped without one.
 gpu: $(VENV)/.ready
@@ -21,7 +22,7 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 
 types: $(VENV)/.ready
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint types test
 
