@@ -30,8 +30,8 @@ def test_multipliers_of_the_learning_rate() -> None:
     assert [WarmupConstant(4)(t) for t in (0, 3, 50)] == pytest.approx([0.25, 1, 1])
     cosine = WarmupCosine(4, 24, final_ratio=0.1)
     assert [cosine(t) for t in (0, 3, 4, 14, 24)] == pytest.approx([0.25, 1, 1, 0.55, 0.1])
-    wsd = WarmupStableDecay(4, 20, final_ratio=0.0, decay_fraction=0.25)
-    assert [wsd(t) for t in (0, 4, 15, 17.5, 20)] == pytest.approx([0.25, 1, 1, 0.5, 0])
+    wsd = WarmupStableDecay(4, 20, final_ratio=0.0, decay_fraction=0.2)
+    assert [wsd(t) for t in (0, 4, 16, 18, 20)] == pytest.approx([0.25, 1, 1, 0.5, 0])
 
 
 def test_they_drive_torch_schedulers_and_pickle() -> None:
