@@ -246,3 +246,10 @@ def test_gradients_of_split_and_whole_views_differ_only_in_their_blocks() -> Non
     whole, split = step("flatten"), step(("split", 0, (3, 3, 3)))
     assert not torch.allclose(whole, split)
     torch.testing.assert_close(split[:3] @ split[:3].T, 0.12 * torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_a_misspelt_hyperparameter_in_a_group_is_an_error_and_own_keys_are_not() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="unknown hyperparameter 'gama' in a parameter group; did you mean 'gamma'"):
+        MARS([{"params": [p], "gama": 0.1}])
+    assert MARS([{"params": [p], "initial_lr": 0.1, "layer": 3}]).param_groups[0]["layer"] == 3

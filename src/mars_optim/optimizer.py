@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, TypeVar, cast, overload
 
 import torch
@@ -128,6 +129,10 @@ class MARS(Optimizer):
         """Add a group; its hyperparameters default to the constructor's. Raises as the constructor does."""
         if isinstance(param_group, dict) and "lr_1d_ratio" in param_group:  # pyright: ignore[reportUnnecessaryIsInstance]
             param_group = {"lr_1d": None, **param_group}
+        for key in param_group:
+            near = get_close_matches(key, self.defaults, n=1, cutoff=0.8)
+            if near and key not in (*self.defaults, "lr_1d_ratio"):
+                raise ValueError(f"unknown hyperparameter {key!r} in a parameter group; did you mean {near[0]!r}?")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
