@@ -253,3 +253,52 @@ def test_a_misspelt_hyperparameter_in_a_group_is_an_error_and_own_keys_are_not()
     with pytest.raises(ValueError, match="unknown hyperparameter 'gama' in a parameter group; did you mean 'gamma'"):
         MARS([{"params": [p], "gama": 0.1}])
     assert MARS([{"params": [p], "initial_lr": 0.1, "layer": 3}]).param_groups[0]["layer"] == 3
+
+
+def test_a_hidden_matrix_as_long_as_an_embedding_is_still_a_matrix() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(16, 16), nn.Embedding(16, 16)
+            self.c_proj = nn.Linear(16, 16)
+            self.lm_head = nn.Linear(16, 16)
+
+    rows = rows_of(Model(), mars_type="m")
+    assert rows["c_proj.weight"].group == "matrix flatten"
+    assert rows["lm_head.weight"].group == "adamw"
+
+
+def test_norms_biases_and_tables_with_many_dimensions_are_adamw() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm([4, 6, 6])
+            self.layer_scale = nn.Parameter(torch.ones(8, 1, 1))
+            self.down_proj_bias = nn.Parameter(torch.zeros(3, 8))
+            self.cls = nn.Parameter(torch.zeros(1, 5, 8))
+            self.linear = nn.Linear(8, 8)
+            self.fc = nn.Linear(8, 10)
+
+    rows = rows_of(Model(), mars_type="m")
+    matrices = [name for name, row in rows.items() if row.group.startswith("matrix")]
+    assert matrices == ["linear.weight"]
+
+
+def test_overrides_of_vectors_take_effect_and_impossible_ones_are_refused() -> None:
+    model = TiedLanguageModel()
+    groups = param_groups(model, "m", lr_1d=3e-3, overrides={"norm.weight": {"weight_decay": 0.5, "lr": 1e-5}})
+    group = group_of(groups, "norm.weight")
+    assert (group["weight_decay_1d"], group["lr"], group["lr_1d"]) == (0.5, 1e-5, None)
+    for overrides in ({"norm.weight": "matrix"}, {"norm.weight": {"matrix_view": "stack"}}):
+        with pytest.raises(ValueError, match=r"norm.weight has shape \(8,\)"):
+            param_groups(model, "m", overrides=overrides)
+    with pytest.raises(ValueError, match="under mars_type='adamw'"):
+        param_groups(model, "adamw", overrides={"mlp.weight": "matrix"})
+    with pytest.raises(ValueError, match="cannot change mars_type"):
+        param_groups(model, "m", overrides={"mlp.weight": {"mars_type": "adamw"}})
+    with pytest.raises(ValueError, match="must be 'adamw', 'matrix' or a dict"):
+        param_groups(model, "m", overrides={"mlp.weight": None})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="num_heads must be None or an integer >= 1; got 0"):
+        param_groups(model, "m", num_heads=0)
+    with pytest.raises(TypeError, match="got list"):
+        param_groups([], "m")  # type: ignore[arg-type]

@@ -175,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, TrainingError) as error:
         print(f"mars: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        print(f"mars: {error.strerror or error}: {error.filename or 'while reading or writing'}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("mars: stopped", file=sys.stderr)
         sys.exit(130)

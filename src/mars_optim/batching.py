@@ -57,10 +57,13 @@ def members_of(
         member = Member(name, p, state, treatment, None if previous is None else previous.grads.get(p))
         only_materialises = not state and _is_materialising(p, group)
         names = ["step", "exp_avg", *PRECONDITIONERS[treatment.preconditioner].state_names(treatment)]
+        # What another mode, or gamma = 0, has left behind would be out of date by the time it is used again.
+        if not member.is_corrected or not group["is_approx"]:
+            state.pop("prev_grad", None)
+        if not member.is_corrected or ("prev_grad" if group["is_approx"] else "prev_param") not in state:
+            state.pop("has_prev", None)
         if member.is_corrected:
             names += ["has_prev", "prev_grad"] if group["is_approx"] else ["has_prev"]
-            if ("prev_grad" if group["is_approx"] else "prev_param") not in state:
-                state.pop("has_prev", None)  # it spoke of the other mode's buffer
         complete(state, p, names, capturable=group["capturable"])
         if only_materialises:
             continue
@@ -115,8 +118,10 @@ def make_batches(members: Sequence[Member], group: dict[str, Any]) -> list[Batch
                 prev = torch.zeros_like(batch.grads[-1])
             else:
                 prev = _gradient(member.prev_grad, dtype, maximize=group["maximize"])
-                if group["first_step"] == "zero":  # g'_1 = 0, whatever was evaluated
-                    prev = prev * state["has_prev"].to(prev.dtype)
+                if has_prev is None or group["first_step"] == "zero":
+                    # On the first step what was evaluated does not count, be it nan: d_1 = 0, or g'_1 = 0.
+                    first = batch.grads[-1] if has_prev is None else torch.zeros_like(prev)
+                    prev = torch.where(state["has_prev"].to(prev.device).bool(), prev, first)
             batch.prev_grads.append(prev)
         if batch.next_grads is not None:
             batch.next_grads.append(_real(state["prev_grad"]))
@@ -161,4 +166,6 @@ def _update_scale(param: Tensor, treatment: Treatment) -> float:
 
 def _is_materialising(param: Tensor, group: dict[str, Any]) -> bool:
     """Whether a checkpoint tool only wants the state to exist: a zero gradient and lr = 0 before any step."""
-    return float(group["lr"]) == 0 and param.grad is not None and not bool(param.grad.any())
+    if param.grad is None or param.is_meta:
+        return False
+    return float(group["lr"]) == 0 and not bool(param.grad.any())

@@ -8,6 +8,7 @@ should be orthogonalised, and which matrices it holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from torch import nn
 from .polar import MatrixView, matrices
 from .preconditioners import PRECONDITIONERS
 from .presets import preset
-from .roles import Role, role_of, survey
+from .roles import Found, Role, role_of, survey
 
 ADAMW = "adamw"
 MATRIX = "matrix"
@@ -50,10 +51,7 @@ class Audit:
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in table]
         sizes: dict[str, int] = {}
         for row in self.rows:
-            count = 1
-            for size in row.shape:
-                count *= size
-            sizes[row.group] = sizes.get(row.group, 0) + count
+            sizes[row.group] = sizes.get(row.group, 0) + math.prod(row.shape)
         totals = ", ".join(f"{group}: {count:,}" for group, count in sizes.items())
         return "\n".join([*lines, f"total by group: {totals}; frozen tensors: {self.num_frozen}"])
 
@@ -99,6 +97,10 @@ def param_groups(
         ValueError: a pattern matches no trainable parameter; a matrix type finds no matrix to orthogonalise; the
             model has no trainable parameter; sizes do not fit.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"param_groups splits a torch.nn.Module; got {type(model).__name__}")
+    if num_heads is not None and (not isinstance(num_heads, int) or num_heads < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"num_heads must be None or an integer >= 1; got {num_heads!r}")
     overrides = dict(overrides or {})
     orthogonalises = PRECONDITIONERS[preset(mars_type).preconditioner].matrix_only
     common = {**hyperparameters, "mars_type": mars_type, "lr_1d": lr_1d, "betas_1d": betas_1d}
@@ -113,9 +115,9 @@ def param_groups(
             role = role_of(found, num_heads)
         else:
             unused -= {p for p in overrides if any(fnmatchcase(name, p) for name in found.names)}
-            role = _overridden(overrides[pattern], pattern, role_of(found, num_heads))
+            role = _overridden(overrides[pattern], pattern, role_of(found, num_heads), found, mars_type)
         label, options = _options(role, found.parameter, orthogonalises=orthogonalises, common=common)
-        if orthogonalises and role.view is not None:
+        if orthogonalises and role.view is not None and found.parameter.ndim >= 2:
             matrices(found.parameter.detach(), role.view)  # raises where the sizes do not fit
         members.setdefault(label, (options, []))[1].append((found.names[0], found.parameter))
         rows.append(AuditRow(found.names, tuple(found.parameter.shape), label, role.why))
@@ -124,18 +126,29 @@ def param_groups(
     return ParamGroups(groups, Audit(tuple(rows), num_frozen))
 
 
-def _overridden(override: str | Mapping[str, Any], pattern: str, role: Role) -> Role:
+def _overridden(override: str | Mapping[str, Any], pattern: str, role: Role, found: Found, mars_type: str) -> Role:
     why = f"pattern {pattern!r}"
     if override == ADAMW:
-        return Role(None, why)
-    if override == MATRIX:
-        return Role("flatten", why)
-    if isinstance(override, str):
+        return Role(None, why, is_override=True)
+    is_options = isinstance(override, Mapping)
+    if not is_options and override != MATRIX:
         raise ValueError(
             f"override {pattern!r} must be 'adamw', 'matrix' or a dict of hyperparameters; got {override!r}"
         )
+    orthogonalises = PRECONDITIONERS[preset(mars_type).preconditioner].matrix_only
+    wants_matrix = override == MATRIX or (is_options and "matrix_view" in override)
+    if wants_matrix and (not orthogonalises or found.parameter.ndim < 2):
+        raise ValueError(
+            f"override {pattern!r} asks for a matrix, but {found.names[0]} has shape "
+            f"{tuple(found.parameter.shape)} under mars_type={mars_type!r}; "
+            "a matrix needs two dimensions and the type 'shampoo' or 'm'"
+        )
+    if not is_options:
+        return Role("flatten", why, role.transposed, is_override=True)
+    if "mars_type" in override:
+        raise ValueError(f"override {pattern!r} cannot change mars_type; say 'adamw' or 'matrix', or split by hand")
     view: MatrixView | None = override.get("matrix_view", role.view)
-    return Role(view, f"{why}; {role.why}", role.transposed, tuple(override.items()))
+    return Role(view, f"{why}; {role.why}", role.transposed, hyperparameters=tuple(override.items()))
 
 
 def _options(
@@ -143,9 +156,15 @@ def _options(
 ) -> tuple[str, dict[str, Any]]:
     """Return the label of the group and what its hyperparameters differ in."""
     options: dict[str, Any] = {}
+    own = dict(role.hyperparameters)
     if parameter.ndim < 2:
         label = "adamw 1-d"
-    elif role.view is None and (orthogonalises or role.why.startswith("pattern")):
+        for name in ("betas", "weight_decay"):  # what a person means by them for a tensor that has only the 1-d ones
+            if name in own:
+                options[f"{name}_1d"] = own[name]
+        if "lr" in own:
+            options["lr_1d"] = None
+    elif role.view is None and (orthogonalises or role.is_override):
         # The point gamma = 0, clip off of the same code, with the hyperparameters of the AdamW tensors.
         label = ADAMW
         options = {"preconditioner": ADAMW, "update_scale": "none", "gamma": 0.0, "clip_norm": None}
@@ -154,17 +173,15 @@ def _options(
             options |= {"lr": common["lr_1d"], "lr_1d": None}
     elif orthogonalises:
         view = role.view or "flatten"
-        label = f"matrix {view}" if isinstance(view, str) else f"matrix split {len(view[2])} along {view[1]}"
+        label = f"{MATRIX} {view}" if isinstance(view, str) else f"{MATRIX} split {len(view[2])} along {view[1]}"
         options = {"matrix_view": view, "matrix_transposed": role.transposed}
         if not isinstance(view, str):
             label += f" of {view[2]}" if len(set(view[2])) > 1 else f" by {view[2][0]}"
         label += " transposed" if role.transposed else ""
     else:
         label = "corrected"
-    if role.hyperparameters:
-        options |= dict(role.hyperparameters)
-        label += " " + " ".join(f"{k}={v}" for k, v in role.hyperparameters if k != "matrix_view")
-    return label.strip(), options
+    label += "".join(f" {name}={value}" for name, value in own.items() if name != "matrix_view")
+    return label, {**options, **own}
 
 
 def _check(unused: set[str], rows: Sequence[AuditRow], mars_type: str, *, orthogonalises: bool) -> None:

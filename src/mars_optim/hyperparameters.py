@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -122,6 +123,21 @@ def check(group: dict[str, Any]) -> None:
         if group[name] is not None:
             _check_number(name, group[name], positive=True)
     _check_gamma(group["gamma"])
+    for name in (
+        "amsgrad",
+        "is_approx",
+        "optimize_1d",
+        "skip_nonfinite",
+        "matrix_transposed",
+        "maximize",
+        "capturable",
+    ):
+        _check_switch(name, group[name], bool)
+    _check_switch("differentiable", group["differentiable"], bool)
+    for name in ("foreach", "fused"):
+        _check_switch(name, group[name], (bool, type(None)))
+    for name in ("preconditioner", "update_scale", "polar_coefficients"):
+        _check_switch(name, group[name], (str, type(None)))
     if group["first_step"] not in ("paper", "zero"):
         raise ValueError(f"first_step must be 'paper' or 'zero'; got {group['first_step']!r}")
     preset(group["mars_type"])
@@ -169,6 +185,12 @@ def check_matrices(group: dict[str, Any], names: list[str]) -> None:
                 )
 
 
+def _check_switch(name: str, value: object, types: type | tuple[type, ...]) -> None:
+    if not isinstance(value, types):
+        names = [t.__name__ for t in (types if isinstance(types, tuple) else (types,))]
+        raise ValueError(f"{name} must be of type {' or '.join(names)}; got {value!r}")
+
+
 def _check_rate(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -178,7 +200,8 @@ def _check_rate(name: str, value: object) -> None:
 
 
 def _check_number(name: str, value: object, *, positive: bool = False) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and value == 0):
+    number = float(value) if isinstance(value, Real) and value is not True and value is not False else math.nan
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}; got {value!r}")
 
 

@@ -16,10 +16,10 @@ from .batch import Batch
 from .batching import make_batches, members_of, names_of
 from .correction import weigh
 from .exact import PreviousGradients, all_finite, replayed_randomness, rewound, take_gradients
-from .hyperparameters import Gamma, check, check_matrices, fold_lr_1d
+from .hyperparameters import Gamma, check, check_matrices
 from .polar import MatrixView
 from .preconditioners import PRECONDITIONERS
-from .state import keep_params, restore, shield
+from .state import check_shapes, keep_params, restore, shield
 
 Loss = TypeVar("Loss")  # whatever the closure returns: a float or a tensor
 
@@ -193,11 +193,13 @@ class MARS(Optimizer):
         Inside the block every parameter holds x_{t-1}; compute the loss and call backward, as often as the step
         accumulates. On leaving, the gradients are kept as g'_t, `p.grad` is None, the weights are x_t again and
         torch's random generators are put back, so that the evaluation at x_t draws the same dropout. Weights and
-        generators come back also after an exception; then no gradient is kept.
+        generators come back also after an exception; then no gradient is kept. The block stands before the
+        evaluation at x_t: gradients that are in `p.grad` on entering are dropped.
 
         Args:
             grad_scaler: the scaler whose `scale(loss)` was used inside the block, to divide the gradients by its
-                scale. If they overflowed, the scale backs off at once and the next step is skipped and counted.
+                scale. If they overflowed, the scale backs off at once, and the step is counted as skipped and will
+                be if it is reached. Give each optimizer a scaler of its own then.
 
         Raises:
             RuntimeError: the optimizer is in approx mode, or the block is entered inside itself.
@@ -215,6 +217,8 @@ class MARS(Optimizer):
             with rewound(pairs), replayed_randomness({p.device for p in params}):
                 yield
             self._previous = take_gradients(self.param_groups, grad_scaler)
+            if self._previous.overflowed:
+                self._count_skipped_step()
         finally:
             self._inside_previous_params = False
             self.zero_grad(set_to_none=True)
@@ -226,31 +230,42 @@ class MARS(Optimizer):
             if any(not group["is_approx"] for group in self.param_groups):
                 with self.previous_params():
                     closure()
-            return closure()
+            try:
+                return closure()
+            except BaseException:
+                self._previous = None  # the step it was for will not happen
+                raise
 
     def _must_skip(self, previous: PreviousGradients | None) -> bool:
-        overflowed = previous is not None and previous.overflowed
-        if not overflowed:
-            if not any(group["skip_nonfinite"] for group in self.param_groups):
-                return False
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if all_finite(grads + list(previous.grads.values() if previous else ())):
-                return False
+        if previous is not None and previous.overflowed:
+            return True
+        if not any(group["skip_nonfinite"] for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [g for g in grads if not g.is_sparse]  # refused later, by name
+        if all_finite(grads + list(previous.grads.values() if previous else ())):
+            return False
+        self._count_skipped_step()
+        return True
+
+    def _count_skipped_step(self) -> None:
         for group in self.param_groups:
             group["num_skipped_steps"] += 1
-        return True
 
     def _keep_params(self) -> None:
         """Exact mode: x_t is the next step's x_{t-1}, also for parameters without correction or gradient."""
-        if all(group["is_approx"] for group in self.param_groups):
-            return
+        is_exact = not all(group["is_approx"] for group in self.param_groups)
         for group in self.param_groups:
             for p in group["params"]:
-                if p in self.state:
+                if p in self.state and is_exact:
                     keep_params(self.state[p], p)
+                elif p in self.state:
+                    self.state[p].pop("prev_param", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim does, with schedules of gamma as plain dicts."""
+        if self._inside_previous_params:
+            raise RuntimeError("state_dict() was called inside previous_params(), where the weights are x_{t-1}")
         packed = super().state_dict()
         groups = [{**group, "gamma": schedules.to_plain(group["gamma"])} for group in packed["param_groups"]]
         return {**packed, "param_groups": groups}
@@ -265,8 +280,11 @@ class MARS(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a loaded or unpickled state; hyperparameters that it lacks get the constructor's values."""
-        old_groups = self.__dict__.get("param_groups", [])
+        old_groups: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         defaults = state.get("defaults", self.__dict__.get("defaults", {}))
+        for group in state["param_groups"]:
+            for name, p in zip(names_of(group), group["params"], strict=True):
+                check_shapes(name, p, state["state"].get(p, {}))
         super().__setstate__(state)
         self._previous = None
         self._inside_previous_params = False
@@ -274,9 +292,10 @@ class MARS(Optimizer):
             for name, value in defaults.items():
                 if name != "lr_1d":
                     group.setdefault(name, value)
-            fold_lr_1d(group)
-            current = old_groups[i]["gamma"] if i < len(old_groups) else None
-            group["gamma"] = schedules.from_plain(group["gamma"], current)
+            old: dict[str, Any] = old_groups[i] if i < len(old_groups) else {}
+            group.setdefault("lr_1d_ratio", old.get("lr_1d_ratio", 1.0))
+            group["gamma"] = schedules.from_plain(group["gamma"], old.get("gamma"))
+            check(group)
             for p in group["params"]:
                 if p in self.state:
                     self.state[p] = restore(self.state[p], p, capturable=group["capturable"])

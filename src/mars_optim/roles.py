@@ -28,6 +28,8 @@ _FUSED_QKV_NAME = re.compile(
 )
 # Bloom and GPT-NeoX interleave Q, K and V head by head, so that thirds of the rows are not Q, K and V.
 _INTERLEAVED_QKV_NAME = re.compile(r"(^|[._])query_key_value([._]|$)")
+_BIAS_NAME = re.compile(r"(^|[._])bias(_table)?$")
+_POSITION_NAME = re.compile(r"pos|wpe|token_type|relative", re.IGNORECASE)
 _LORA_NAME = re.compile(r"(^|[._])lora_(embedding_)?([AaBb])([._]|$)")
 
 
@@ -39,6 +41,7 @@ class Found:
     parameter: nn.Parameter
     owners: tuple[nn.Module, ...]
     vocabulary_sizes: frozenset[int]
+    last_linear: nn.Module | None
     heads: frozenset[nn.Module]
     lora_partner: str | None = None
 
@@ -50,6 +53,7 @@ class Role:
     view: MatrixView | None
     why: str
     transposed: bool = False
+    is_override: bool = False
     hyperparameters: tuple[tuple[str, Any], ...] = ()
 
 
@@ -62,13 +66,20 @@ def survey(model: nn.Module) -> tuple[list[Found], int]:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(parameter, []).append(f"{module_name}.{name}" if module_name else name)
             owners.setdefault(parameter, []).append(module)
-    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    sizes = frozenset(m.num_embeddings for m in embeddings)
+    sizes: set[int] = set()
+    last_linear: nn.Module | None = None
+    for name, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not _POSITION_NAME.search(name.rpartition(".")[2]):
+            sizes.add(module.num_embeddings)
+        last_linear = module if isinstance(module, nn.Linear) else last_linear
     get_head = getattr(model, "get_output_embeddings", None)
     heads = frozenset(h for h in [get_head() if callable(get_head) else None] if isinstance(h, nn.Module))
     trainable = [p for p in names if p.requires_grad]
     partners = _lora_partners(name for p in trainable for name in names[p])
-    found = [Found(tuple(names[p]), p, tuple(owners[p]), sizes, heads, partners.get(names[p][0])) for p in trainable]
+    found = [
+        Found(tuple(names[p]), p, tuple(owners[p]), frozenset(sizes), last_linear, heads, partners.get(names[p][0]))
+        for p in trainable
+    ]
     return found, len(names) - len(trainable)
 
 
@@ -83,7 +94,7 @@ def role_of(found: Found, num_heads: int | None) -> Role:
         return Role(None, "fewer than two dimensions")
     if p.is_complex():
         return Role(None, "complex: no matrix type takes it")
-    not_a_matrix = _embedding(found) or _head(found)
+    not_a_matrix = _embedding(found) or _head(found) or _vector(found)
     if not_a_matrix:
         return Role(None, not_a_matrix)
     if any(isinstance(owner, nn.modules.conv._ConvNd) for owner in found.owners):  # pyright: ignore[reportPrivateUsage]
@@ -104,6 +115,19 @@ def role_of(found: Found, num_heads: int | None) -> Role:
     return Role("flatten", "matrix" if p.ndim == 2 else "more than two dimensions, flattened", transposed)
 
 
+def _vector(found: Found) -> str | None:
+    shape = found.parameter.shape
+    if any("Norm" in type(owner).__name__ for owner in found.owners):
+        return "normalisation"
+    if any(_BIAS_NAME.search(name) or name.endswith("_bias") for name in found.names):
+        return "bias"
+    if found.parameter.numel() == max(shape):
+        return "a vector: all dimensions but one are 1"
+    if len(shape) == 3 and shape[0] == 1:
+        return "one table with a leading dimension of 1, not experts"
+    return None
+
+
 def _embedding(found: Found) -> str | None:
     if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in found.owners):
         return "embedding" + (" tied with the head" if len(found.names) > 1 else "")
@@ -117,8 +141,10 @@ def _head(found: Found) -> str | None:
     if any(owner in found.heads for owner in found.owners):
         return "output head of the model"
     for name, owner in zip(found.names, found.owners, strict=True):
-        if isinstance(owner, nn.Linear) and owner.out_features in found.vocabulary_sizes:
-            return "output head: as many rows as the vocabulary"
+        if owner is found.last_linear and found.parameter.shape[0] in found.vocabulary_sizes:
+            return "output head: the last linear layer, as many rows as the vocabulary"
+        if owner is found.last_linear and name == "fc.weight":
+            return "output head: the last linear layer, by its name"
         if isinstance(owner, nn.Linear) and _HEAD_NAMES & set(name.split(".")[-3:-1]):
             return "output head, by its name"
     return None
@@ -130,6 +156,8 @@ def _fused_qkv(found: Found, num_heads: int | None, *, dim: int) -> tuple[Matrix
     interleaved = any(_INTERLEAVED_QKV_NAME.search(name) for name in found.names)
     if not interleaved and not any(_FUSED_QKV_NAME.search(name) for name in found.names):
         return None
+    if long != 3 * short:
+        return "flatten", f"looks like fused QKV, but {long} is not 3 x {short}: give matrix_view in overrides"
     if num_heads is not None:
         if long % (3 * num_heads):
             raise ValueError(
@@ -140,11 +168,6 @@ def _fused_qkv(found: Found, num_heads: int | None, *, dim: int) -> tuple[Matrix
         return ("split", dim, (size,) * (3 * num_heads)), f"fused QKV, {num_heads} heads each by itself"
     if interleaved:
         return "flatten", "fused QKV interleaved by head: give num_heads to split it"
-    if long != 3 * short:
-        return (
-            "flatten",
-            f"looks like fused QKV, but {long} is not 3 x {short}: give matrix_view in overrides",
-        )
     return ("split", dim, (short,) * 3), "fused QKV: Q, K and V each by itself"
 
 

@@ -62,6 +62,17 @@ def shield(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state}
 
 
+def check_shapes(name: str, param: Tensor, state: dict[str, Any]) -> None:
+    """Raise ValueError where a state tensor about to be loaded has not the shape of its parameter."""
+    for key, value in state.items():
+        tensor = value.value if isinstance(value, Shielded) else value
+        if key not in _SCALARS and isinstance(tensor, Tensor) and tensor.shape != param.shape:
+            raise ValueError(
+                f"parameter {name} has shape {tuple(param.shape)}, but its {key} in the state dict has "
+                f"{tuple(tensor.shape)}; load into the model, and the parameter order, that it was saved from"
+            )
+
+
 def restore(state: dict[str, Any], param: Tensor, *, capturable: bool) -> dict[str, Any]:
     """Undo `shield`: put each tensor on its device, in its dtype. Scalars may be numbers in old checkpoints."""
     restored: dict[str, Any] = {}

@@ -87,6 +87,10 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 raise InputError(f'{path}, line {number}: needs an object with a string "text", got {line[:60]!r}')
+            try:
+                row["text"].encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{path}, line {number}: the text has half of a surrogate pair ({error})") from None
             yield row["text"]
 
 

@@ -51,6 +51,9 @@ class CompareConfig:
                 "compare needs at least one of --optimizers, of --seeds and of --num-lrs, and --lr-factor above 1; "
                 f"got {self.optimizers}, {self.seeds}, {self.num_lrs} and {self.lr_factor}"
             )
+        for name, values in (("optimizers", self.optimizers), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise InputError(f"--{name} names one twice: {' '.join(map(str, values))}; each run counts once")
 
 
 def compare(config: CompareConfig, bases: Mapping[str, OptimizerConfig], folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Language modelling: GPT-2 on a corpus of text."""
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -98,7 +99,7 @@ def continue_text(
     Raises:
         InputError: a negative temperature or number of tokens, or a top_k below 1.
     """
-    if num_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+    if num_tokens < 0 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise InputError(
             "sampling needs num_tokens >= 0, temperature >= 0 and top_k >= 1, "
             f"got {num_tokens}, {temperature} and {top_k}"

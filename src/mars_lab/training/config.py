@@ -11,6 +11,7 @@ import tyro
 
 from mars_lab.errors import InputError
 from mars_lab.tasks.language import LanguageConfig
+from mars_optim import MARS
 
 OptimizerName = Literal["adamw", "muon", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m"]
 
@@ -45,6 +46,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.mode == "exact" and not self.name.startswith("mars-"):
             raise InputError(f"optimizer.mode=exact is for the MARS types, not for {self.name!r}")
+        shared = ("lr", "lr_1d", "betas", "betas_1d", "weight_decay", "weight_decay_1d", "gamma", "clip_norm")
+        try:  # MARS knows the ranges, and the other optimizers' are the same
+            MARS([torch.zeros(1)], **{name: getattr(self, name) for name in (*shared, "max_grad_norm")})
+        except ValueError as error:
+            raise InputError(f"optimizer.{error}") from None
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,14 @@ class TrainConfig:
         for name in ("warmup_fraction", "final_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"train.seed must be in [0, 2**32), got {self.seed}")
         try:
-            torch.device("cpu" if self.device == "auto" else self.device)
+            device = torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
             raise InputError(f"train.device must be auto, cpu or cuda, got {self.device!r}") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"train.device is {self.device!r}, but this torch sees no CUDA device; use auto or cpu")
 
     def resolved(self) -> "TrainConfig":
         """The same with every `auto` replaced by what this machine has."""

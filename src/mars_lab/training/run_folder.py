@@ -33,7 +33,11 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """The configuration the run was started with."""
-        return from_dict(RunConfig, json.loads((self.path / "config.json").read_text()))
+        path = self.path / "config.json"
+        try:
+            return from_dict(RunConfig, json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); restore it, or start a new run") from None
 
     def summary(self) -> dict[str, Any] | None:
         """What the run came to, or None while it isn't finished."""
