@@ -155,3 +155,13 @@ def test_lr_1d_survives_a_state_dict_that_does_not_know_it() -> None:
     optimizer = MARS([p], lr=1e-2, lr_1d=1e-3)
     optimizer.load_state_dict(state_dict)
     assert optimizer.param_groups[0]["lr_1d_ratio"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("mars_type", "expected"), [("adamw", 12), ("lion", 8), ("shampoo", 8), ("m", 8)])
+@pytest.mark.parametrize("is_approx", [True, False])
+def test_bytes_of_state_per_parameter(mars_type: str, expected: int, is_approx: bool) -> None:
+    """The README's figures, for fp32 matrices; two scalars a tensor aside."""
+    p = nn.Parameter(torch.ones(64, 64))
+    optimizer = MARS([p], mars_type=mars_type, is_approx=is_approx)
+    exact_step(optimizer, p)
+    assert sum(t.nbytes for t in optimizer.state[p].values() if t.ndim) == expected * p.numel()
