@@ -110,8 +110,8 @@ MUTANTS = [
     ),
     mutant(
         "exact zero start uses what was evaluated",
-        'prev = prev * state["has_prev"].to(prev.dtype)',
-        "prev = prev * 1.0",
+        'if has_prev is None or group["first_step"] == "zero":',
+        "if has_prev is None:",
         flag("first_step_zero"),
     ),
     mutant(
@@ -348,8 +348,8 @@ MUTANTS = [
     ),
     mutant(
         "skip_nonfinite counts and steps all the same",
-        'group["num_skipped_steps"] += 1\n        return True',
-        'group["num_skipped_steps"] += 1\n        return False',
+        "self._count_skipped_step()\n        return True",
+        "self._count_skipped_step()\n        return False",
         (TRAJECTORIES, "skip_nonfinite"),
     ),
     mutant(
