@@ -11,7 +11,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks instead of returning them to the kernel.
 
     A training step frees and allocates the same activations again; by default the kernel unmaps and zeroes all of
-    their pages each time, about a quarter of the forward and backward pass of the default recipe (docs/log.md). Other C libraries are left alone.
+    their pages each time, about a quarter of the forward and backward pass of the default recipe (docs/log.md).
+    Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
