@@ -15,7 +15,11 @@ from oracle import Oracle, real
 TYPES = ("adamw", "lion", "shampoo", "m")
 ELEMENTWISE = ("adamw", "lion")
 POLAR = ("shampoo", "m")
-BACKENDS = {"reference": False, "foreach": True}
+BACKENDS: dict[str, dict[str, bool]] = {
+    "reference": {"foreach": False},
+    "foreach": {"foreach": True},
+    "native": {"fused": True},
+}
 MODES = {"approx": True, "exact": False}
 
 # name -> (shape, non-contiguous?)
@@ -133,3 +137,13 @@ def cosine(start: float, end: float, num_steps: int) -> Callable[[int], float]:
 
 def linear(start: float, end: float, num_steps: int) -> Callable[[int], float]:
     return lambda t: start + (end - start) * min(t / num_steps, 1.0)
+
+
+def momentum(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """m_t, also where e_t is kept instead: m_t = (1-gamma) e_t + gamma g_t; to be called right after the step."""
+    state = optimizer.state[p]
+    if "exp_avg" in state:
+        return state["exp_avg"]
+    assert p.grad is not None
+    gamma = optimizer.param_groups[0]["gamma"]
+    return (1 - gamma) * state["exp_avg_grad"] + gamma * p.grad

@@ -88,7 +88,7 @@ def assert_unchanged(optimizer: MARS, parameters: Sequence[Tensor], before: Any)
 @modes
 def test_state_names_and_formats(backend: str, mars_type: str, mode: str) -> None:
     parameters = make_parameters(("vector", "wide"), torch.bfloat16)
-    optimizer = MARS(parameters, mars_type=mars_type, is_approx=MODES[mode], foreach=BACKENDS[backend])
+    optimizer = MARS(parameters, mars_type=mars_type, is_approx=MODES[mode], **BACKENDS[backend])
     take_steps(optimizer, parameters, range(2))
     vector, matrix = (optimizer.state[p] for p in parameters)
     for state in (vector, matrix):
@@ -110,7 +110,7 @@ def test_state_names_and_formats(backend: str, mars_type: str, mode: str) -> Non
 @types
 def test_gamma_zero_keeps_no_previous_gradient(backend: str, mars_type: str) -> None:
     parameters = make_parameters(("vector", "wide"))
-    optimizer = MARS(parameters, mars_type=mars_type, gamma=0, foreach=BACKENDS[backend])
+    optimizer = MARS(parameters, mars_type=mars_type, gamma=0, **BACKENDS[backend])
     take_steps(optimizer, parameters, range(2))
     assert all("prev_grad" not in state for state in optimizer.state.values())
 
@@ -124,7 +124,7 @@ def test_materialising_step_only_creates_state(backend: str, mars_type: str, mod
     """Zero gradients at lr = 0 on tensors without state, as torch.distributed.checkpoint does it."""
     parameters = make_parameters(NAMES)
     others = clones(parameters)
-    options: Options = {**SVD, "mars_type": mars_type, "is_approx": MODES[mode], "foreach": BACKENDS[backend]}
+    options: Options = {**SVD, "mars_type": mars_type, "is_approx": MODES[mode], **BACKENDS[backend]}
     options.update(gamma=gamma, weight_decay=0.1, lr=copy.copy(lr))
     materialised, fresh = MARS(parameters, **options), MARS(others, **options)
     problem = MinibatchQuadratic(parameters)
@@ -161,7 +161,7 @@ def test_the_previous_gradient_is_a_value(backend: str, mars_type: str, options:
     """zero_grad(set_to_none=False), DDP's buckets and memory that is written again give the same trajectory."""
     parameters = make_parameters(NAMES)
     others = clones(parameters)
-    all_options: Options = {**SVD, "gamma": 0.3, "mars_type": mars_type, "foreach": BACKENDS[backend], **options}
+    all_options: Options = {**SVD, "gamma": 0.3, "mars_type": mars_type, **BACKENDS[backend], **options}
     ours, fresh = MARS(parameters, **all_options), MARS(others, **all_options)
     problem = MinibatchQuadratic(parameters)
     bucket = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_the_previous_gradient_is_a_value(backend: str, mars_type: str, options:
 def test_step_leaves_the_gradient_as_it_was(backend: str, mars_type: str, mode: str) -> None:
     """Whoever reads p.grad after the step (logging, a second optimizer) sees what backward wrote, or None."""
     parameters = make_parameters(NAMES)
-    options: Options = {"mars_type": mars_type, "is_approx": MODES[mode], "foreach": BACKENDS[backend]}
+    options: Options = {"mars_type": mars_type, "is_approx": MODES[mode], **BACKENDS[backend]}
     optimizer = MARS(parameters, max_grad_norm=0.1, maximize=True, gamma=0.3, **options)
     problem = MinibatchQuadratic(parameters)
     for t in range(3):
@@ -258,7 +258,7 @@ def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_resume_is_bit_for_bit(backend: str, mars_type: str, mode: str, dtype: torch.dtype) -> None:
     """Half-precision parameters too: load_state_dict must not round their float32 state."""
-    options: Options = {"mars_type": mars_type, "is_approx": MODES[mode], "foreach": BACKENDS[backend]}
+    options: Options = {"mars_type": mars_type, "is_approx": MODES[mode], **BACKENDS[backend]}
     options.update(gamma=0.3, weight_decay=0.1, lr=0.05)
     optimizer, parameters = trained(dtype, options)
     others = clones(parameters)
@@ -381,7 +381,7 @@ def test_distributed_checkpoint_state_dict(mars_type: str, mode: str) -> None:
 )
 def test_gamma_schedules_resume_exactly(backend: str, mode: str, gamma: Any) -> None:
     """The schedule itself is in the state dict, so the new optimizer needn't be told."""
-    options: Options = {"is_approx": MODES[mode], "foreach": BACKENDS[backend]}
+    options: Options = {"is_approx": MODES[mode], **BACKENDS[backend]}
     optimizer, parameters = trained(torch.float64, {**options, "gamma": gamma}, num_steps=4)
     state_dict = through_a_file(optimizer.state_dict())
     assert isinstance(state_dict["param_groups"][0]["gamma"], dict)
@@ -464,7 +464,7 @@ def test_add_param_group_in_mid_training(backend: str, mars_type: str, mode: str
         is_approx=MODES[mode],
         gamma=0.3,
         lr=1e-2,
-        foreach=BACKENDS[backend],
+        **BACKENDS[backend],
         **SVD,
     )
     problem = MinibatchQuadratic(parameters)
@@ -519,7 +519,7 @@ def test_named_parameters(backend: str, mars_type: str, mode: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
     twin = copy.deepcopy(model)
-    options: Options = {"mars_type": mars_type, "is_approx": MODES[mode], "foreach": BACKENDS[backend]}
+    options: Options = {"mars_type": mars_type, "is_approx": MODES[mode], **BACKENDS[backend]}
     by_name, plain = MARS(model.named_parameters(), **options), MARS(twin.parameters(), **options)
     assert by_name.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
     take_steps(by_name, [*model.parameters()], range(3))
@@ -547,7 +547,7 @@ def test_tied_parameters_take_one_step(backend: str, mars_type: str, mode: str) 
     torch.manual_seed(0)
     model = Tied()
     optimizer = MARS(
-        model.parameters(), lr=1e-2, mars_type=mars_type, is_approx=MODES[mode], foreach=BACKENDS[backend], **SVD
+        model.parameters(), lr=1e-2, mars_type=mars_type, is_approx=MODES[mode], **BACKENDS[backend], **SVD
     )
     oracle = Oracle([model.embedding.weight], lr=1e-2, mars_type=mars_type, is_approx=MODES[mode])
     tokens = torch.tensor([0, 3, 5, 1])
@@ -689,7 +689,7 @@ def test_grad_scaler_approx(backend: str, mars_type: str, options: Options) -> N
     """A skipped step leaves weights, moments, step count, previous gradient and flag; the rest is unscaled."""
     parameters = make_parameters(("vector", "wide", "conv"), torch.float32)
     others = clones(parameters)
-    all_options: Options = {**SVD, "mars_type": mars_type, "gamma": 0.3, "foreach": BACKENDS[backend], **options}
+    all_options: Options = {**SVD, "mars_type": mars_type, "gamma": 0.3, **BACKENDS[backend], **options}
     optimizer, plain = MARS(parameters, **all_options), MARS(others, **all_options)
     problem = MinibatchQuadratic(parameters)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
@@ -838,7 +838,7 @@ def test_the_first_evaluation_is_at_the_previous_weights(
 ) -> None:
     """To the bit, and x_t is back for the second."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
-    optimizer = MARS(model.parameters(), mars_type=mars_type, is_approx=False, lr=0.05, foreach=BACKENDS[backend])
+    optimizer = MARS(model.parameters(), mars_type=mars_type, is_approx=False, lr=0.05, **BACKENDS[backend])
     x = torch.randn(5, 3).to(dtype)
     seen: list[list[Tensor]] = []
 
@@ -1058,7 +1058,7 @@ SYNC_OPTIONS: list[Options] = [
 @pytest.mark.parametrize("options", SYNC_OPTIONS, ids=lambda o: "-".join(o) or "defaults")
 def test_step_reads_no_tensor_on_the_host(backend: str, mars_type: str, mode: str, options: Options) -> None:
     parameters = make_parameters(NAMES, torch.float32)
-    optimizer = MARS(parameters, mars_type=mars_type, is_approx=MODES[mode], foreach=BACKENDS[backend], **options)
+    optimizer = MARS(parameters, mars_type=mars_type, is_approx=MODES[mode], **BACKENDS[backend], **options)
     gradients = [[torch.randn_like(p) for p in parameters] for _ in range(3)]
     # State is made on the first step; its counters are known from then on, so that step is checked on "meta".
     for t, step_gradients in enumerate(gradients):
@@ -1082,7 +1082,7 @@ def test_step_reads_no_tensor_on_the_host(backend: str, mars_type: str, mode: st
 def test_step_on_the_meta_device(backend: str, mars_type: str, mode: str, options: Options) -> None:
     """A meta tensor has no values: .item() and bool() on it raise."""
     parameters = [Parameter(torch.empty(s, device="meta")) for s in [(), (3,), (3, 4), (4, 3), (2, 3, 2, 2)]]
-    optimizer = MARS(parameters, mars_type=mars_type, is_approx=MODES[mode], foreach=BACKENDS[backend], **options)
+    optimizer = MARS(parameters, mars_type=mars_type, is_approx=MODES[mode], **BACKENDS[backend], **options)
 
     def closure() -> float:
         for p in parameters:
@@ -1091,7 +1091,7 @@ def test_step_on_the_meta_device(backend: str, mars_type: str, mode: str, option
 
     for _ in range(3):
         optimizer.step(closure)
-    assert all(s["exp_avg"].is_meta for s in optimizer.state.values())
+    assert all(s.get("exp_avg", s.get("exp_avg_grad")).is_meta for s in optimizer.state.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -1123,7 +1123,7 @@ def test_step_under_cuda_sync_debug_mode(mars_type: str, mode: str) -> None:
 def test_nonfinite_gradients_give_what_ieee_gives(backend: str, mars_type: str, value: float) -> None:
     """No crash, no skip: where a NaN goes in, a NaN comes out; other tensors go on."""
     parameters = make_parameters(("wide", "tall"))
-    optimizer = MARS(parameters, mars_type=mars_type, foreach=BACKENDS[backend], lr=0.1)
+    optimizer = MARS(parameters, mars_type=mars_type, **BACKENDS[backend], lr=0.1)
     before = parameters[1].detach().clone()
     for p in parameters:
         p.grad = torch.ones_like(p)
@@ -1141,7 +1141,7 @@ def test_nonfinite_gradients_give_what_ieee_gives(backend: str, mars_type: str, 
 def test_nonfinite_gradients_stay_in_their_matrix(backend: str, method: str, value: float) -> None:
     """Equal shapes share a batched factorisation; a NaN in one mustn't reach the other, nor raise."""
     parameters = [Parameter(torch.ones(3, 4)) for _ in range(2)]
-    optimizer = MARS(parameters, mars_type="m", foreach=BACKENDS[backend], polar_method=method, lr=0.1)
+    optimizer = MARS(parameters, mars_type="m", **BACKENDS[backend], polar_method=method, lr=0.1)
     for p in parameters:
         p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     poison(parameters, 0, value)

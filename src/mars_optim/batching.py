@@ -1,171 +1,173 @@
-"""From parameters with gradients to batches of tensors that take the same step."""
+"""From members of a step to batches of tensors that take the same step."""
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Batch, Treatment
-from .exact import PreviousGradients
-from .hyperparameters import fold_lr_1d, treatments
+from .batch import Batch, LossScaling, Treatment
+from .members import Member
+from .ownership import keep
 from .polar import update_scale
 from .preconditioners import PRECONDITIONERS
-from .state import arithmetic_dtype, complete
+from .state import is_q8, key_of, real, salt
+
+# A member, its step count, its previous gradient, the coefficient of that, and its next previous gradient if kept.
+_Place = tuple[Member, float | Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-@dataclass(frozen=True)
-class Member:
-    """A parameter that takes part in this step."""
-
-    name: str
-    param: Tensor
-    state: dict[str, Any]
-    treatment: Treatment
-    prev_grad: Tensor | None = None  # exact mode: g'_t
-
-    @property
-    def is_corrected(self) -> bool:
-        return self.treatment.gamma is not None
-
-
-def members_of(
-    group: dict[str, Any], states: MutableMapping[Tensor, dict[str, Any]], previous: PreviousGradients | None
-) -> list[Member]:
-    """Collect the parameters of `group` that take part in this step, and create what state they lack.
-
-    Raises:
-        RuntimeError: a sparse gradient.
-        ValueError: exact mode without an evaluation at the previous weights.
-    """
-    fold_lr_1d(group)
-    vector, main = treatments(group)
-    members: list[Member] = []
-    for name, p in zip(names_of(group), group["params"], strict=True):
-        if p.grad is None:
-            continue
-        if p.grad.is_sparse:
-            raise RuntimeError(
-                f"MARS does not support sparse gradients, and parameter {name} has one; construct the embedding with "
-                "sparse=False"
-            )
-        treatment = vector if p.ndim < 2 else main
-        state = states[p]
-        member = Member(name, p, state, treatment, None if previous is None else previous.grads.get(p))
-        only_materialises = not state and _is_materialising(p, group)
-        names = ["step", "exp_avg", *PRECONDITIONERS[treatment.preconditioner].state_names(treatment)]
-        # What another mode, or gamma = 0, has left behind would be out of date by the time it is used again.
-        if not member.is_corrected or not group["is_approx"]:
-            state.pop("prev_grad", None)
-        if not member.is_corrected or ("prev_grad" if group["is_approx"] else "prev_param") not in state:
-            state.pop("has_prev", None)
-        if member.is_corrected:
-            names += ["has_prev", "prev_grad"] if group["is_approx"] else ["has_prev"]
-        complete(state, p, names, capturable=group["capturable"])
-        if only_materialises:
-            continue
-        if member.is_corrected and not group["is_approx"] and previous is None:
-            raise ValueError(
-                "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
-                "compute it inside `with optimizer.previous_params():` before the gradient of this step"
-            )
-        members.append(member)
-    return members
-
-
-def names_of(group: dict[str, Any]) -> list[str]:
-    """Return what to call the parameters of `group` in messages."""
-    return group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
-
-
-def make_batches(members: Sequence[Member], group: dict[str, Any]) -> list[Batch]:
+def make_batches(
+    members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None = None
+) -> list[Batch]:
     """Advance the step counts of a group's members and sort their tensors into batches.
 
     Tensors whose step is their first have batches of their own, without previous gradients. Under `capturable` the
     host does not know which they are; then the flags go along as tensors.
     """
-    batches: dict[tuple[Any, ...], Batch] = {}
-    for member in members:
-        p, state, treatment = member.param, member.state, member.treatment
+    if not members:
+        return []
+    by_kind: dict[tuple[Any, ...], list[_Place]] = {}
+    for member, step in zip(members, _advance(members, group, scaling), strict=True):
         has_prev = _has_previous(member, group)
-        dtype = arithmetic_dtype(p)
-        batch = batches.setdefault(
-            (id(treatment), p.device, p.dtype, has_prev),
-            Batch(
-                treatment=treatment,
-                params=[],
-                grads=[],
-                prev_grads=None if has_prev is False else [],
-                next_grads=[] if member.is_corrected and group["is_approx"] else None,
-                steps=[],
-                state={},
-                update_scales=[],
-                has_prev=[] if has_prev is None else None,
-            ),
+        prev, coefficient = _previous_gradient(member, group, has_prev)
+        kept = None if scaling is not None else _take(member, group)
+        p, grad = member.param, member.grad
+        kind = (has_prev, id(member.treatment), p.device, p.dtype, grad.dtype, kept is None, coefficient is None)
+        by_kind.setdefault((*kind, None if prev is None else prev.dtype), []).append(
+            (member, step, prev, coefficient, kept)
         )
-        batch.params.append(_real(p))
-        batch.grads.append(_gradient(p.grad, dtype, maximize=group["maximize"]))
-        for name in ("exp_avg", *PRECONDITIONERS[treatment.preconditioner].state_names(treatment)):
-            batch.state.setdefault(name, []).append(_real(state[name]))
-        if batch.prev_grads is not None:
-            if group["is_approx"]:
-                prev = _real(state["prev_grad"])
-            elif member.prev_grad is None:
-                # No gradient reached the tensor at x_{t-1} (an expert nobody asked): there it is truly zero.
-                prev = torch.zeros_like(batch.grads[-1])
+    return [_batch(places, group, kind[0], scaling) for kind, places in by_kind.items()]
+
+
+def _advance(
+    members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None
+) -> Sequence[float | Tensor]:
+    """Count this step; return the counts as numbers, or as tensors where the host must not know them."""
+    counts: list[Tensor] = [member.state["step"] for member in members]
+    if scaling is None:
+        torch._foreach_add_(counts, 1.0)
+    else:
+        torch._foreach_add_(counts, 1.0 - scaling.found_inf.reshape(()))
+    return counts if group["capturable"] else torch.stack(counts).tolist()
+
+
+def _batch(
+    places: Sequence[_Place], group: dict[str, Any], has_prev: bool | None, scaling: LossScaling | None
+) -> Batch:
+    """Return the batch of places of one kind, and leave in the states what the next step needs of it."""
+    members, steps, prev_grads, coefficients, kept = (list(column) for column in zip(*places, strict=True))
+    first: Member = members[0]
+    treatment = first.treatment
+    states: list[dict[str, Any]] = [member.state for member in members]
+    view = real if first.param.is_complex() else _itself
+    batch = Batch(
+        treatment=treatment,
+        params=[view(member.param) for member in members],
+        grads=[view(member.grad) for member in members],
+        prev_grads=None if prev_grads[0] is None else prev_grads,
+        next_grads=None,
+        steps=steps,
+        state={name: [view(s[name]) for s in states] for name in _updated_names(states[0], treatment)},
+        update_scales=[_update_scale(member.param, treatment) for member in members],
+        owners=states,
+        sign=-1.0 if group["maximize"] else 1.0,
+        first_steps=has_prev is False,
+        has_prev=[s["has_prev"].clone() for s in states] if has_prev is None else None,
+        prev_coefficients=None if coefficients[0] is None else coefficients,
+        scaling=scaling,
+    )
+    if "prev_grad" in states[0] and kept[0] is None:
+        batch.next_grads = [view(s["prev_grad"]) for s in states]
+    elif "prev_grad" in states[0]:
+        for state, grad in zip(states, kept, strict=True):
+            state["prev_grad"] = grad
+    if "has_prev" in states[0] and (not has_prev or group["first_step"] == "zero"):
+        for state in states:
+            if scaling is None:
+                state["has_prev"].fill_(1)
             else:
-                prev = _gradient(member.prev_grad, dtype, maximize=group["maximize"])
-                if has_prev is None or group["first_step"] == "zero":
-                    # On the first step what was evaluated does not count, be it nan: d_1 = 0, or g'_1 = 0.
-                    first = batch.grads[-1] if has_prev is None else torch.zeros_like(prev)
-                    prev = torch.where(state["has_prev"].to(prev.device).bool(), prev, first)
-            batch.prev_grads.append(prev)
-        if batch.next_grads is not None:
-            batch.next_grads.append(_real(state["prev_grad"]))
-        if batch.has_prev is not None:
-            batch.has_prev.append(state["has_prev"].clone())
-        if member.is_corrected:
-            state["has_prev"].fill_(1)
-        state["step"].add_(1)
-        batch.steps.append(state["step"] if group["capturable"] else state["step"].item())
-        batch.update_scales.append(_update_scale(p, treatment))
-    return list(batches.values())
+                state["has_prev"].copy_(torch.maximum(state["has_prev"], 1 - scaling.found_inf.reshape(())))
+    if _takes_random_numbers(first.param, states[0], treatment):
+        counts = steps if group["capturable"] else [int(step) for step in steps]
+        batch.keys = [key_of(salt(member.index), count) for member, count in zip(members, counts, strict=True)]
+    return batch
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _updated_names(state: dict[str, Any], treatment: Treatment) -> list[str]:
+    """Names of the state tensors that backends read and update, with what belongs to them."""
+    names = ["exp_avg_grad" if treatment.one_buffer else "exp_avg"]
+    names += PRECONDITIONERS[treatment.preconditioner].state_names(treatment)
+    names += [f"{name}_scale" for name in (*names, "prev_grad") if f"{name}_scale" in state]
+    return [*names, "param_remainder"] if "param_remainder" in state else names
 
 
 def _has_previous(member: Member, group: dict[str, Any]) -> bool | None:
     """Whether a gradient difference exists; None where only the device knows."""
-    if not member.is_corrected:
+    if member.treatment.gamma is None:
         return False
     if group["first_step"] == "zero":
         return True
     if group["capturable"]:
         return None
-    return bool(member.state["has_prev"].item())
+    return bool(member.state["has_prev"])
 
 
-def _gradient(grad: Tensor | None, dtype: torch.dtype, *, maximize: bool) -> Tensor:
-    assert grad is not None
-    real = _real(grad.to(dtype))
-    return -real if maximize else real
+def _previous_gradient(
+    member: Member, group: dict[str, Any], has_prev: bool | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return g'_t as stored and the factor it was clipped with, each None where there is none."""
+    state = member.state
+    if has_prev is False or member.treatment.one_buffer or member.treatment.gamma is None:
+        return None, None
+    if group["is_approx"]:
+        return real(state["prev_grad"]), state.get("prev_coefficient")
+    if member.prev_grad is None:
+        # No gradient reached the tensor at x_{t-1} (an expert nobody asked): there it is truly zero.
+        return torch.zeros_like(real(member.grad)), None
+    prev = real(member.prev_grad)
+    if has_prev is None or group["first_step"] == "zero":
+        # On the first step what was evaluated does not count, be it nan: d_1 = 0, or g'_1 = 0.
+        first = real(member.grad) if has_prev is None else torch.zeros_like(prev)
+        prev = torch.where(state["has_prev"].to(prev.device).bool(), prev, first)
+    return prev, member.prev_coefficient
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _take(member: Member, group: dict[str, Any]) -> Tensor | None:
+    """Return the next step's previous gradient where it is a new tensor instead of a copy into the old one."""
+    p, grad, donated = member.param, member.grad, group["donate_grads"]
+    if "prev_grad" not in member.state:
+        return None
+    if group["differentiable"]:
+        return grad.clone()  # the old one belongs to the graph
+    if donated is False or group["offload_state"]:
+        return None
+    if member.state["prev_grad"].dtype != grad.dtype or grad.stride() != p.stride():
+        return None
+    if donated:
+        p.grad = None
+        return grad
+    return keep(grad)
+
+
+def _takes_random_numbers(p: Tensor, state: dict[str, Any], treatment: Treatment) -> bool:
+    averages = [state[name] for name in ("exp_avg", "exp_avg_grad", "exp_avg_sq") if name in state]
+    rounds_state = any(is_q8(t) or (t.dtype == torch.bfloat16) for t in averages)
+    return rounds_state or (p.itemsize == 2 and treatment.rounds_params_stochastically)
 
 
 def _update_scale(param: Tensor, treatment: Treatment) -> float:
     """The factor for elementwise preconditioners; matrix preconditioners scale each of their matrices."""
-    if param.ndim < 2 or param.numel() == 0 or PRECONDITIONERS[treatment.preconditioner].matrix_only:
+    if treatment.update_scale == "none" or param.ndim < 2 or param.numel() == 0:
+        return 1.0
+    if PRECONDITIONERS[treatment.preconditioner].matrix_only:
         return 1.0
     rows = param.shape[0]
     return update_scale(treatment.update_scale, rows, param.numel() // rows, transposed=treatment.matrix_transposed)
-
-
-def _is_materialising(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether a checkpoint tool only wants the state to exist: a zero gradient and lr = 0 before any step."""
-    if param.grad is None or param.is_meta:
-        return False
-    return float(group["lr"]) == 0 and not bool(param.grad.any())

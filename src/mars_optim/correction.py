@@ -1,14 +1,16 @@
-r"""The corrected gradient and its clipping, as two numbers a tensor.
+r"""The corrected gradient and its clipping, as numbers per tensor.
 
-With kappa = gamma * beta1/(1-beta1) and s the factor of global clipping,
+With kappa = gamma * beta1/(1-beta1), s the factor of global clipping and s' the one of the previous gradient,
 
-    c  = s g + kappa (s g - g')                                                          (3.5)
-    c~ = c / max(1, ||c|| / clip_norm)                                                   (3.6)
+    c  = s g + kappa (s g - s' g') = s g + kappa s' (s/s' g - g')                          (3.5)
+    c~ = c / max(1, ||c|| / clip_norm)                                                     (3.6)
 
-||c|| follows from three sums a tensor before s is known, so that one pass and one reduction serve both norms.
-Without global clipping they are g.g, g.d and d.d with d = g - g': little cancels then, also where kappa is large and
-d small (exact mode near gamma = 1). With it they are g.g, g.g' and g'.g': g' has been clipped and g has not, so d
-would say nothing.
+g and g' are raw: clipping rewrites neither. Without it s = s' = 1 and the difference is taken first, so that little
+cancels where kappa is large and the difference small (exact mode near gamma = 1). ||c|| follows from the sums g.g,
+g.g' and g'.g' in float64 before s is known: one pass and one reduction serve both norms.
+
+In the one-buffer form e_t averages s g instead of c. A start at g'_1 = g_1 differs from the one at g'_1 = 0 by
+-gamma beta1^t s g_1 in m_t, which the first step puts into e_1 once and for all.
 """
 
 from __future__ import annotations
@@ -25,36 +27,73 @@ from .batch import Batch, Scalar
 _NORM_EPS = 1e-6
 
 
-def weigh(batches: Sequence[Batch], backends: Sequence[Backend]) -> None:
-    """Set s, kappa and the clip factor of every batch from the gradients' norms. No host sync."""
-    products = [
-        backend.gradient_products(batch) if _needs_norms(batch) else None
-        for batch, backend in zip(batches, backends, strict=True)
-    ]
-    total = _total_norm(batches, products)
-    for batch, product in zip(batches, products, strict=True):
-        kappa = _kappa(batch)
-        batch.kappa = list(kappa.unbind()) if isinstance(kappa, Tensor) and kappa.ndim else kappa
-        if product is None:
-            continue
-        if batch.treatment.max_grad_norm is not None and total is not None:
-            batch.grad_coefficient = clip_coefficient(total, batch.treatment.max_grad_norm).to(product.device)
-        if batch.treatment.clip_norm is not None:
-            norm = _corrected_norm(batch, product, kappa)
-            batch.clip = list((batch.treatment.clip_norm / norm.clamp(min=batch.treatment.clip_norm)).unbind())
+def products_of(batch: Batch, backend: Backend) -> Tensor | None:
+    """Return the sums that the norms of a batch need; None where it needs none."""
+    measured_later = batch.treatment.clip_norm is None or backend.measures_clip
+    return None if measured_later and batch.treatment.max_grad_norm is None else backend.gradient_products(batch)
 
 
-def _corrected_norm(batch: Batch, product: Tensor, kappa: Scalar) -> Tensor:
-    """||c_t|| of each tensor, shape (n,), from c = a g + b o."""
-    gg, go, oo = product.unbind(1)
-    if batch.is_clipped_globally:
-        a, b = batch.grad_coefficient * (1 + kappa), -kappa
-        # s is 0 where squares of finite gradients overflow, as in clip_grad_norm_; then s g is 0, but 0 * inf is not.
-        vanished = torch.as_tensor(batch.grad_coefficient == 0)
-        gg, go = gg.masked_fill(vanished, 0), go.masked_fill(vanished, 0)
+def weigh(batch: Batch, product: Tensor | None, total: Tensor | None) -> None:
+    """Set s, the weights of g and g', and the clip factor of a batch. No host sync.
+
+    Args:
+        batch: the batch.
+        product: its `products_of`.
+        total: the norm of all gradients in groups with a `max_grad_norm`; see `total_norm`.
+    """
+    max_norm, clip_norm = batch.treatment.max_grad_norm, batch.treatment.clip_norm
+    unscale: Scalar = 1.0
+    if batch.scaling is not None and batch.scaling.scale is not None:
+        unscale = 1 / batch.scaling.scale.reshape(())
+        batch.coefficient = unscale.to(batch.grads[0].device)
+    if max_norm is not None and total is not None:
+        clipping = clip_coefficient(total * unscale, max_norm)
+        batch.coefficient = (clipping * unscale).to(batch.grads[0].device, _scalar_dtype(batch))
+    _set_weights(batch)
+    if clip_norm is None:
+        batch.clip = 1.0
+    elif product is None:
+        batch.clip = None
     else:
-        a, b = 1.0, kappa
-    squared = a**2 * gg + 2 * a * b * go + b**2 * oo
+        clip = clip_norm / _corrected_norm(batch, product).clamp(min=clip_norm)
+        batch.clip = clip.to(_scalar_dtype(batch))
+
+
+def _scalar_dtype(batch: Batch) -> torch.dtype:
+    return torch.float64 if batch.params[0].dtype == torch.float64 else torch.float32
+
+
+def _set_weights(batch: Batch) -> None:
+    gamma, beta1 = batch.treatment.gamma, batch.treatment.beta1
+    seen = batch.sign * batch.coefficient
+    batch.grad_weight = seen
+    if gamma is None:
+        return
+    kappa = gamma * (beta1 / (1 - beta1))
+    if batch.treatment.one_buffer:
+        batch.momentum_weights = (1 - gamma, gamma * seen)
+        first: Scalar = float(batch.first_steps) if batch.has_prev is None else 1 - torch.stack(batch.has_prev)
+        batch.grad_weight = seen * (1 - first * (kappa / (1 - gamma)))
+    elif batch.prev_grads is not None:
+        before: Scalar = 1.0
+        if batch.prev_coefficients is not None:
+            before = batch.prev_coefficients[0]
+            if any(coefficient is not before for coefficient in batch.prev_coefficients):
+                before = torch.stack(batch.prev_coefficients)
+            before = before.clamp(min=torch.finfo(before.dtype).tiny)
+        kappa = kappa if batch.has_prev is None else kappa * torch.stack(batch.has_prev)
+        batch.difference_weight = kappa * batch.sign * before
+        batch.ratio = batch.coefficient / before
+
+
+def _corrected_norm(batch: Batch, product: Tensor) -> Tensor:
+    """||c_t|| of each tensor, shape (n,), from c = a g - b g'."""
+    a, b = batch.grad_weight + batch.difference_weight * batch.ratio, batch.difference_weight
+    if isinstance(batch.coefficient, Tensor):
+        # s is 0 where squares of finite gradients overflow, as in clip_grad_norm_; then s g is 0, but 0 * inf is not.
+        product = product.masked_fill(batch.coefficient == 0, 0)
+    gg, go, oo = product.unbind(1)
+    squared = a**2 * gg - 2 * a * b * go + b**2 * oo
     return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()  # tiny: a finite slope at 0
 
 
@@ -63,12 +102,8 @@ def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (total_norm + _NORM_EPS)).clamp(max=1.0)
 
 
-def _needs_norms(batch: Batch) -> bool:
-    return batch.treatment.clip_norm is not None or batch.treatment.max_grad_norm is not None
-
-
-def _total_norm(batches: Sequence[Batch], products: Sequence[Tensor | None]) -> Tensor | None:
-    """The 2-norm of all gradients in groups with a `max_grad_norm`."""
+def total_norm(batches: Sequence[Batch], products: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the 2-norm of all gradients in groups with a `max_grad_norm`; None without such groups."""
     squares = [
         product[:, 0].sum()
         for batch, product in zip(batches, products, strict=True)
@@ -80,13 +115,3 @@ def _total_norm(batches: Sequence[Batch], products: Sequence[Tensor | None]) -> 
     for square in squares[1:]:
         total = total + square.to(total.device)
     return total.sqrt()
-
-
-def _kappa(batch: Batch) -> Scalar:
-    """gamma * beta1/(1-beta1), and 0 for a tensor that has no previous gradient; shape () or (n,)."""
-    gamma = batch.treatment.gamma
-    if gamma is None or batch.prev_grads is None:
-        return 0.0
-    beta1 = batch.treatment.beta1
-    kappa = gamma * (beta1 / (1 - beta1))
-    return kappa if batch.has_prev is None else kappa * torch.stack(batch.has_prev)

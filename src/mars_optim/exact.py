@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .correction import clip_coefficient
+from .ownership import keep
 
 
 @dataclass
@@ -20,6 +21,7 @@ class PreviousGradients:
     """What is kept between the evaluation at x_{t-1} and the step."""
 
     grads: dict[Tensor, Tensor] = field(default_factory=dict[Tensor, Tensor])
+    coefficients: dict[Tensor, Tensor] = field(default_factory=dict[Tensor, Tensor])  # of their global clipping
     overflowed: bool = False  # a grad scaler's scale was too large for them: the step has to be skipped
 
 
@@ -54,7 +56,7 @@ def replayed_randomness(devices: set[torch.device]) -> Generator[None, None, Non
 def take_gradients(
     param_groups: Sequence[dict[str, Any]], grad_scaler: torch.amp.GradScaler | None
 ) -> PreviousGradients:
-    """Copy the gradients out of `p.grad`, which DDP and others may write again; unscale and clip them.
+    """Take the gradients out of `p.grad`, which DDP and others may write again; unscale them and find their clipping.
 
     Each evaluation is clipped by its own global norm, as `clip_grad_norm_` after each backward would.
     """
@@ -64,9 +66,10 @@ def take_gradients(
         for p in group["params"]:
             if p.grad is None or p.grad.is_sparse:
                 continue
-            taken.grads[p] = p.grad.detach().clone()
+            kept = None if group["donate_grads"] is False else keep(p.grad)
+            taken.grads[p] = p.grad.detach().clone() if kept is None else kept
             if group["max_grad_norm"] is not None:
-                clipped.append((taken.grads[p], group["max_grad_norm"]))
+                clipped.append((p, group["max_grad_norm"]))
     if grad_scaler is not None and grad_scaler.is_enabled():
         scale = grad_scaler.get_scale()
         for grad in taken.grads.values():
@@ -75,11 +78,12 @@ def take_gradients(
             taken.overflowed = True
             grad_scaler.update(scale * grad_scaler.get_backoff_factor())
     if clipped:
-        device = clipped[0][0].device
-        norms = [torch.linalg.vector_norm(g, dtype=_norm_dtype(g)).to(device) for g, _ in clipped]
+        device = taken.grads[clipped[0][0]].device
+        grads = [taken.grads[p] for p, _ in clipped]
+        norms = [torch.linalg.vector_norm(g, dtype=_norm_dtype(g)).to(device) for g in grads]
         total = torch.linalg.vector_norm(torch.stack(norms))
-        for g, max_norm in clipped:
-            g.mul_(clip_coefficient(total, max_norm).to(g.device))
+        by_norm = {max_norm: clip_coefficient(total, max_norm) for _, max_norm in clipped}
+        taken.coefficients = {p: by_norm[max_norm] for p, max_norm in clipped}
     return taken
 
 

@@ -19,8 +19,10 @@ from .batch import Scalar, Treatment
 from .polar import UPDATE_SCALES, PolarMethod, check_view
 from .preconditioners import PRECONDITIONERS
 from .presets import preset
+from .state import PRECISIONS, ROUNDINGS
 
 Gamma = float | Tensor | Callable[[int], Scalar]
+_LARGEST_ONE_BUFFER_GAMMA = 0.9
 
 
 def treatments(group: dict[str, Any]) -> tuple[Treatment, Treatment]:
@@ -31,10 +33,12 @@ def treatments(group: dict[str, Any]) -> tuple[Treatment, Treatment]:
     """
     chosen = preset(group["mars_type"])
     lr = _as_scalar(group["lr"])
+    preconditioner = group["preconditioner"] or chosen.preconditioner
     main = Treatment(
-        preconditioner=group["preconditioner"] or chosen.preconditioner,
+        preconditioner=preconditioner,
         update_scale=group["update_scale"] or chosen.update_scale,
         gamma=_gamma(group),
+        one_buffer=_has_one_buffer(group, preconditioner),
         clip_norm=group["clip_norm"],
         max_grad_norm=group["max_grad_norm"],
         beta1=group["betas"][0],
@@ -46,10 +50,12 @@ def treatments(group: dict[str, Any]) -> tuple[Treatment, Treatment]:
         polar=polar_method(group),
         matrix_view=group["matrix_view"],
         matrix_transposed=group["matrix_transposed"],
+        param_rounding=group["param_rounding"],
     )
     if group["optimize_1d"]:
         if PRECONDITIONERS[main.preconditioner].matrix_only:
-            return replace(main, preconditioner="adamw", update_scale="none"), main
+            vector = replace(main, preconditioner="adamw", update_scale="none", one_buffer=False)
+            return vector, main
         return main, main
     decay_1d = group["weight_decay_1d"]
     vector = replace(
@@ -57,6 +63,7 @@ def treatments(group: dict[str, Any]) -> tuple[Treatment, Treatment]:
         preconditioner="adamw",
         update_scale="none",
         gamma=None,
+        one_buffer=False,
         clip_norm=None,
         beta1=group["betas_1d"][0],
         beta2=group["betas_1d"][1],
@@ -72,6 +79,21 @@ def _gamma(group: dict[str, Any]) -> Scalar | None:
     if not isinstance(gamma, Tensor) and callable(gamma):
         return _as_scalar(gamma(group["schedule_step"]))
     return None if isinstance(gamma, (int, float)) and gamma == 0 else _as_scalar(gamma)
+
+
+def _has_one_buffer(group: dict[str, Any], preconditioner: str) -> bool:
+    """Whether e_t suffices: unclipped approx MARS with constant gamma and no second moment of c~_t.
+
+    m_t = (1-gamma) e_t + gamma g_t; nearer to gamma = 1 the first step, divided by 1-gamma, would lose digits.
+    """
+    gamma = group["gamma"]
+    return (
+        group["is_approx"]
+        and group["clip_norm"] is None
+        and isinstance(gamma, (int, float))
+        and 0 < gamma <= _LARGEST_ONE_BUFFER_GAMMA
+        and PRECONDITIONERS[preconditioner].needs_momentum_only
+    )
 
 
 def _as_scalar(value: Scalar) -> Scalar:
@@ -128,13 +150,14 @@ def check(group: dict[str, Any]) -> None:
         "is_approx",
         "optimize_1d",
         "skip_nonfinite",
+        "offload_state",
         "matrix_transposed",
         "maximize",
         "capturable",
     ):
         _check_switch(name, group[name], bool)
     _check_switch("differentiable", group["differentiable"], bool)
-    for name in ("foreach", "fused"):
+    for name in ("foreach", "fused", "donate_grads"):
         _check_switch(name, group[name], (bool, type(None)))
     for name in ("preconditioner", "update_scale", "polar_coefficients"):
         _check_switch(name, group[name], (str, type(None)))
@@ -150,8 +173,15 @@ def check(group: dict[str, Any]) -> None:
         raise ValueError(f"update_scale must be None or one of {', '.join(UPDATE_SCALES)}; got {scale!r}")
     group["matrix_view"] = check_view(group["matrix_view"])
     polar_method(group)
-    if group["fused"]:
-        raise RuntimeError("fused=True: no fused backend is built into this version; use fused=None")
+    _check_precision(group["state_precision"])
+    if group["offload_state"] and (group["capturable"] or group["differentiable"]):
+        raise ValueError("offload_state=True moves state outside of the step; use it without capturable, differentiable")
+    if group["param_rounding"] not in ROUNDINGS:
+        raise ValueError(f"param_rounding must be one of {', '.join(ROUNDINGS)}; got {group['param_rounding']!r}")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("fused=True and foreach=True name two backends; leave one of them None")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("fused=True cannot be differentiated through; use fused=None with differentiable=True")
     if group["foreach"] and group["differentiable"]:
         raise RuntimeError("foreach=True cannot be differentiated through; use foreach=None with differentiable=True")
     if group["differentiable"] and not group["is_approx"]:
@@ -213,6 +243,16 @@ def _check_betas(name: str, value: object) -> tuple[float, float]:
         if not isinstance(beta, (int, float)) or not 0.0 <= beta < 1.0:
             raise ValueError(f"{name}[{i}] must be a number in [0, 1); got {beta!r}")
     return cast("tuple[float, float]", tuple(pair))
+
+
+def _check_precision(setting: object) -> None:
+    names = ("exp_avg", "exp_avg_sq", "prev_grad")
+    given = cast("dict[object, object]", setting) if isinstance(setting, dict) else {"state_precision": setting}
+    for name, precision in given.items():
+        if isinstance(setting, dict) and name not in names:
+            raise ValueError(f"state_precision may name {', '.join(names)}; got {name!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"{name} must have precision {', '.join(PRECISIONS)}; got {precision!r}")
 
 
 def _check_gamma(gamma: object) -> None:

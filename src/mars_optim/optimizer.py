@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast, overload
@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, schedules
-from .batch import Batch
-from .batching import make_batches, members_of, names_of
-from .correction import weigh
+from .batch import Batch, LossScaling
+from .batching import make_batches
 from .exact import PreviousGradients, all_finite, replayed_randomness, rewound, take_gradients
 from .hyperparameters import Gamma, check, check_matrices
+from .members import Completed, Member, members_of, names_of
 from .polar import MatrixView
-from .preconditioners import PRECONDITIONERS
+from .offload import Lane, place
 from .state import check_shapes, keep_params, restore, shield
+from .update import update_
+
+_OWN = ("state_precision", "param_rounding", "donate_grads", "offload_state", "foreach", "fused")
 
 Loss = TypeVar("Loss")  # whatever the closure returns: a float or a tensor
 
@@ -84,6 +87,9 @@ class MARS(Optimizer):
     authors' code has both, and so does this.
     """
 
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -117,12 +123,19 @@ class MARS(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        state_precision: str | dict[str, str] = "fp32",
+        param_rounding: str = "nearest",
+        donate_grads: bool | None = None,
+        offload_state: bool = False,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         defaults |= {"schedule_step": 0, "num_skipped_steps": 0}
         check(dict(defaults))  # before the parameters, as torch.optim does
         self._previous: PreviousGradients | None = None
         self._inside_previous_params = False
+        self._lanes: dict[torch.device, Lane] = {}
+        self._completed: Completed = {}
+        self._keeps_params = False
         super().__init__(cast("Iterable[Tensor]", params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,6 +154,11 @@ class MARS(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a grad scaler may leave unscaling, and skipping, to the step: then nobody waits for the device."""
+        return all(group["capturable"] and backends.select(group).unscales for group in self.param_groups)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -172,19 +190,74 @@ class MARS(Optimizer):
             previous, self._previous = self._previous, None
             if self._must_skip(previous):
                 return loss
-            members = [members_of(group, self.state, previous) for group in self.param_groups]
+            members = [self._members(i, previous) for i in range(len(self.param_groups))]
             self._keep_params()
-            batches: list[Batch] = []
-            selected: list[backends.Backend] = []
+            self._update(members)
             for group, of_group in zip(self.param_groups, members, strict=True):
-                made = make_batches(of_group, group)
-                batches += made
-                selected += [backends.select(group)] * len(made)
                 group["schedule_step"] += 1 if of_group else 0
-            weigh(batches, selected)
-            for batch, backend in zip(batches, selected, strict=True):
-                PRECONDITIONERS[batch.treatment.preconditioner].update_(backend, batch)
         return loss
+
+    def _update(self, members: Sequence[list[Member]]) -> None:
+        """Algorithm 1 from the gradients on, for some members of each group."""
+        scaling = None
+        if getattr(self, "found_inf", None) is not None:  # set by a grad scaler that leaves unscaling to us
+            scaling = LossScaling(self.grad_scale, self.found_inf)
+        resident: list[tuple[Batch, backends.Backend]] = []
+        offloaded: list[tuple[Batch, backends.Backend]] = []
+        for group, of_group in zip(self.param_groups, members, strict=True):
+            if of_group:
+                backend = backends.select(group)
+                made = offloaded if group["offload_state"] else resident
+                made += [(batch, backend) for batch in make_batches(of_group, group, scaling)]
+        update_(resident, offloaded, self._lanes)
+
+    @contextmanager
+    def step_in_backward(self) -> Generator[None, None, None]:
+        """Inside the block each parameter takes its step as soon as backward has its gradient, which is then freed.
+
+        No more than a few gradients exist at a time. When gradients are accumulated, the block holds the last
+        backward only:
+
+            with optimizer.step_in_backward():
+                loss.backward()
+
+        The block is the step; `step()` has nothing left to do. Approx mode with the clip of each tensor alone: what
+        looks at all gradients together, or at two evaluations, cannot be had one parameter at a time.
+
+        Raises:
+            RuntimeError: exact mode, `max_grad_norm`, `skip_nonfinite` or `differentiable` in any group.
+        """
+        for name, forbidden in (("is_approx", False), *((n, True) for n in ("skip_nonfinite", "differentiable"))):
+            if any(group[name] is forbidden for group in self.param_groups):
+                raise RuntimeError(f"step_in_backward() with {name}={forbidden}: construct with {name}={not forbidden}")
+        if any(group["max_grad_norm"] is not None for group in self.param_groups):
+            raise RuntimeError("step_in_backward() never sees all gradients together; construct with max_grad_norm=None")
+        places = {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
+        stepped: set[int] = set()
+
+        @torch.no_grad()
+        def step_one(p: Tensor) -> None:
+            which, j = places[p]
+            members: list[list[Member]] = [[] for _ in self.param_groups]
+            members[which] = self._members(which, None, [j])
+            self._update(members)
+            p.grad = None
+            stepped.add(which)
+
+        handles = [p.register_post_accumulate_grad_hook(step_one) for p in places if p.requires_grad]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for which in stepped:
+                self.param_groups[which]["schedule_step"] += 1
+
+    def _members(
+        self, which: int, previous: PreviousGradients | None, places: Iterable[int] | None = None
+    ) -> list[Member]:
+        first_index = sum(len(group["params"]) for group in self.param_groups[:which])
+        return members_of(self.param_groups[which], self.state, previous, self._completed, first_index, places)
 
     @contextmanager
     def previous_params(self, grad_scaler: torch.amp.GradScaler | None = None) -> Generator[None, None, None]:
@@ -255,17 +328,22 @@ class MARS(Optimizer):
     def _keep_params(self) -> None:
         """Exact mode: x_t is the next step's x_{t-1}, also for parameters without correction or gradient."""
         is_exact = not all(group["is_approx"] for group in self.param_groups)
+        if not is_exact and not self._keeps_params:
+            return
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self.state and is_exact:
                     keep_params(self.state[p], p)
                 elif p in self.state:
                     self.state[p].pop("prev_param", None)
+        self._keeps_params = is_exact
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim does, with schedules of gamma as plain dicts."""
         if self._inside_previous_params:
             raise RuntimeError("state_dict() was called inside previous_params(), where the weights are x_{t-1}")
+        for lane in self._lanes.values():
+            lane.synchronize()
         packed = super().state_dict()
         groups = [{**group, "gamma": schedules.to_plain(group["gamma"])} for group in packed["param_groups"]]
         return {**packed, "param_groups": groups}
@@ -288,6 +366,9 @@ class MARS(Optimizer):
         super().__setstate__(state)
         self._previous = None
         self._inside_previous_params = False
+        self._lanes = {}
+        self._completed = {}
+        self._keeps_params = True  # perhaps: the state may hold previous parameters
         for i, group in enumerate(self.param_groups):
             for name, value in defaults.items():
                 if name != "lr_1d":
@@ -295,7 +376,16 @@ class MARS(Optimizer):
             old: dict[str, Any] = old_groups[i] if i < len(old_groups) else {}
             group.setdefault("lr_1d_ratio", old.get("lr_1d_ratio", 1.0))
             group["gamma"] = schedules.from_plain(group["gamma"], old.get("gamma"))
+            # How this optimizer stores and computes is its own affair, not the checkpoint's.
+            group.update({name: old[name] for name in _OWN if name in old})
             check(group)
             for p in group["params"]:
                 if p in self.state:
-                    self.state[p] = restore(self.state[p], p, capturable=group["capturable"])
+                    self.state[p] = restore(
+                        self.state[p],
+                        p,
+                        capturable=group["capturable"],
+                        state_precision=group["state_precision"],
+                        rounding=group["param_rounding"],
+                    )
+                    place(self.state[p], p, on_host=group["offload_state"])

@@ -1,7 +1,7 @@
 """Preconditioners: from the momentum m_t to the direction H_t^{-1} m_t of the step.
 
 A preconditioner is an entry of a table. To add one, write an `update_` in terms of the backend's functions (usually
-`moments_`, then a direction, then `descend_`) and register it; the optimizer needs no change.
+`momentum_`, then a direction, then `descend_`) and register it; the optimizer needs no change.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ class Preconditioner:
 
     Attributes:
         update_: advances the batch's state and parameters by one step.
-        state_names: tensors of the parameter's shape it keeps beside `exp_avg`.
+        state_names: tensors of the parameter's shape it keeps beside the momentum.
+        needs_momentum_only: it looks at m_t alone, as `momentum_` returns it, not at the second moment of c~_t.
         matrix_only: it means nothing for a tensor with fewer than two dimensions, nor for complex numbers.
     """
 
     update_: Callable[[Backend, Batch], None]
     state_names: Callable[[Treatment], tuple[str, ...]] = lambda treatment: ()
     matrix_only: bool = False
+    needs_momentum_only: bool = False
 
 
 def polar_(backend: Backend, batch: Batch) -> None:
     """x <- x - lr * (scale * polar(m_t) + weight_decay * x), for each matrix of the tensor by itself."""
-    backend.moments_(batch)
-    treatment = batch.treatment
-    directions = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in batch.state["exp_avg"]]
+    momenta, treatment = backend.momentum_(batch), batch.treatment
+    directions = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in momenta]
     moments: list[Tensor] = []
     blocks: list[Tensor] = []
-    for m, direction in zip(batch.state["exp_avg"], directions, strict=True):
+    for m, direction in zip(momenta, directions, strict=True):
         if torch.is_grad_enabled():
             m = m.clone()  # differentiable: the next step overwrites the momentum that this one's graph needs
         moments += matrices(m, treatment.matrix_view)
@@ -57,8 +58,8 @@ def _adamw_state(treatment: Treatment) -> tuple[str, ...]:
 
 PRECONDITIONERS: dict[str, Preconditioner] = {
     "adamw": Preconditioner(lambda backend, batch: backend.adamw_(batch), _adamw_state),
-    "lion": Preconditioner(lambda backend, batch: backend.lion_(batch)),
-    "polar": Preconditioner(polar_, matrix_only=True),
+    "lion": Preconditioner(lambda backend, batch: backend.lion_(batch), needs_momentum_only=True),
+    "polar": Preconditioner(polar_, matrix_only=True, needs_momentum_only=True),
 }
 
 

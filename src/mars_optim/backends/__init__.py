@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from mars_optim.batch import Batch
 
 from . import foreach, reference
+from .native_library import NativeUnavailable
+from .unpacked import pack_, unpack
+
+__all__ = ["Backend", "pack_", "select", "unpack"]
 
 
 class Backend(Protocol):
-    """The functions every backend has, over the lists of a batch. None of them hands out c_t."""
+    """What every backend has, over the lists of a batch. None of them hands out c_t.
+
+    Attributes:
+        reads_storage: takes batches as stored; the others are given unpacked ones.
+        unscales: does nothing, on the device, where a batch's `scaling.found_inf` is 1.
+        measures_clip: can find ||c_t|| within the step, so that no products are needed without global clipping.
+    """
+
+    reads_storage: bool
+    measures_clip: bool
+    unscales: bool
 
     def gradient_products(self, batch: Batch) -> Tensor:
-        """Return (g.g, g.o, o.o) for each tensor, shape (n, 3): sums, which shards of a tensor just add.
+        """Return (g.g, g.g', g'.g') for each tensor, float64, shape (n, 3): sums, which shards just add."""
+        ...
 
-        o is g' under global clipping and g - g' otherwise; see `mars_optim.correction`.
+    def momentum_(self, batch: Batch) -> list[Tensor]:
+        """m <- beta1 m + (1-beta1) c~, likewise v of c~^2 where the batch has one; keep g_t where asked.
+
+        Returns m_t, to be read only.
         """
         ...
 
-    def moments_(self, batch: Batch) -> None:
-        """m <- beta1 m + (1-beta1) c~; likewise v of c~^2 where the batch has one; keep g_t where asked."""
-        ...
-
     def descend_(self, batch: Batch, directions: list[Tensor], scales: list[float]) -> None:
-        """x <- x - lr * (scale * direction + weight_decay * x)."""
+        """x <- x - lr * (scale * direction + weight_decay * x); may overwrite `directions`."""
         ...
 
     def adamw_(self, batch: Batch) -> None:
@@ -41,10 +58,44 @@ class Backend(Protocol):
 def select(group: dict[str, Any]) -> Backend:
     """Return the backend of a parameter group, from torch.optim's own switches.
 
-    By default lists of tensors go through `foreach` where torch has kernels for them. On the CPU it has not: there
-    the lists' temporaries cost memory and no time is won.
+    `fused` kernels are taken where they can run, unless `foreach` says otherwise. Without them lists of tensors go
+    through `foreach` where torch has kernels for them; on the CPU it has not: the lists' temporaries cost memory there
+    and no time is won.
+
+    Raises:
+        RuntimeError: `fused=True` where no fused kernels can run; the message says why.
     """
-    wanted = group["foreach"]
-    if wanted is None:
-        wanted = all(p.device.type != "cpu" for p in group["params"])
-    return foreach if wanted and not group["differentiable"] else reference
+    if group["differentiable"]:
+        return reference
+    devices = {p.device.type for p in group["params"]}
+    if group["foreach"] is None and group["fused"] is not False and not torch.compiler.is_compiling():
+        fused = _fused(devices, required=group["fused"] is True)
+        if fused is not None:
+            return fused
+    wanted = devices.isdisjoint({"cpu"}) if group["foreach"] is None else group["foreach"]
+    return foreach if wanted else reference
+
+
+def _fused(devices: set[str], *, required: bool) -> Backend | None:
+    """Return the fused kernels for all of `devices`; where they are missing, say so once, or raise if `required`."""
+    if devices == {"cpu"}:
+        try:
+            from . import native
+
+            native.require()
+            return native
+        except NativeUnavailable as error:
+            cause = str(error)
+    else:
+        if not required:
+            return None
+        cause = f"there are no fused kernels for parameters on {', '.join(sorted(devices))}"
+    if required:
+        raise RuntimeError(f"fused=True: {cause}; or use fused=None, which takes torch's functions")
+    _say_once(f"mars_optim: {cause}. The step uses torch's functions, about ten times slower.")
+    return None
+
+
+@cache
+def _say_once(message: str) -> None:
+    logging.getLogger("mars_optim").warning(message)

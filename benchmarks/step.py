@@ -1,0 +1,310 @@
+"""What a step costs: every type, backend and precision against torch's optimizers on GPT-2's tensors.
+
+    python benchmarks/step.py                           # GPT-2 small on the CPU
+    python benchmarks/step.py --model gpt2-medium --rows "adamw|lion" --repeats 9
+    python benchmarks/step.py --scaling                 # cost against model size and against number of tensors
+    python benchmarks/step.py --device cuda --model gpt2-xl
+
+Each row is timed interleaved with two baselines, fused AdamW and `clip_grad_norm_` + fused AdamW, on the same
+parameters. A step is `step()` and `zero_grad()`: both must be rid of one gradient buffer. Gradients are new tensors
+each time, as autograd makes them. The C library's allocator is set as `mars train` sets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mars_lab.training.allocator import keep_freed_memory
+from mars_optim import MARS
+from measuring import cell, copy_bandwidth, interleaved, surroundings, synchronize, write
+
+GPT2 = {"gpt2-small": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
+VOCABULARY, CONTEXT = 50257, 1024
+
+
+def gpt2_shapes(layers: int, width: int, vocabulary: int = VOCABULARY) -> list[tuple[int, ...]]:
+    """The tensors of a GPT-2: embeddings, then norms, attention and MLP with biases in each layer."""
+    matrices = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    layer = [shape for rows, columns in matrices for shape in ((rows, columns), (rows,))] + [(width,)] * 4
+    return [(vocabulary, width), (CONTEXT, width), *(layer * layers), (width,), (width,)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to time: how to make the optimizer, what to do before its step, and the bytes that must move."""
+
+    make: Callable[[list[nn.Parameter]], Optimizer]
+    bytes_moved: float | None = None  # a parameter: each operand read and written once
+    dtype: torch.dtype = torch.float32
+    slow: bool = False
+
+
+def hidden_and_rest(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    hidden = [p for p in parameters[2:] if p.ndim == 2]
+    return hidden, [p for p in parameters if all(p is not q for q in hidden)]
+
+
+def mars(mars_type: str = "adamw", **options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        if mars_type in ("adamw", "lion"):
+            return MARS(parameters, lr=1e-4, mars_type=mars_type, **options)
+        hidden, rest = hidden_and_rest(parameters)
+        groups = [{"params": hidden, "mars_type": mars_type}, {"params": rest}]
+        return MARS(groups, lr=1e-4, polar_dtype=torch.bfloat16, **options)
+
+    return make
+
+
+class MuonAndAdamW(Optimizer):
+    """torch.optim.Muon for the hidden matrices, fused AdamW for the rest: what people train GPT-2 with."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        hidden, rest = hidden_and_rest(parameters)
+        self.both = [torch.optim.Muon(hidden, lr=1e-4), torch.optim.AdamW(rest, lr=1e-4, fused=True)]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimizer in self.both:
+            optimizer.step()
+
+
+def adamw(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
+    return lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, **options)
+
+
+def rows(device: str) -> dict[str, Row]:
+    low = {"exp_avg": "bf16", "exp_avg_sq": "bf16", "prev_grad": "bf16"}
+    half = {"dtype": torch.bfloat16}
+    table = {
+        "torch AdamW, single": Row(adamw(foreach=False), bytes_moved=28, slow=True),
+        "torch AdamW, foreach": Row(adamw(foreach=True), bytes_moved=28, slow=True),
+        "mars-adamw": Row(mars(), bytes_moved=32),
+        "mars-adamw, gradient copied": Row(mars(donate_grads=False), bytes_moved=36),
+        "mars-adamw, max_grad_norm": Row(mars(max_grad_norm=1.0), bytes_moved=40),
+        "mars-adamw, unclipped": Row(mars(clip_norm=None), bytes_moved=32),
+        "mars-adamw, bf16 state": Row(mars(state_precision=low), bytes_moved=24),
+        "mars-adamw, 8-bit state": Row(mars(state_precision="8bit"), bytes_moved=18.2),
+        "mars-adamw, bf16 parameters": Row(mars(), bytes_moved=24, **half),
+        "mars-adamw, bf16 parameters + 8-bit remainder, 8-bit state": Row(
+            mars(state_precision="8bit", param_rounding="remainder8"), bytes_moved=14.2, **half
+        ),
+        "mars-adamw, exact": Row(mars(is_approx=False), bytes_moved=36),
+        "mars-lion": Row(mars("lion"), bytes_moved=24),
+        "mars-lion, unclipped": Row(mars("lion", clip_norm=None), bytes_moved=20),
+        "mars-lion, unclipped, bf16 state": Row(mars("lion", clip_norm=None, state_precision=low), bytes_moved=16),
+        "torch Muon + AdamW": Row(MuonAndAdamW, slow=True),
+        "mars-shampoo": Row(mars("shampoo"), slow=True),
+        "mars-m": Row(mars("m"), slow=True),
+        "mars-m, unclipped": Row(mars("m", clip_norm=None), slow=True),
+        "mars-adamw, reference": Row(mars(foreach=False), slow=True),
+        "mars-adamw, foreach": Row(mars(foreach=True), slow=True),
+        "mars-lion, reference": Row(mars("lion", foreach=False), slow=True),
+        **_peers(device),
+    }
+    return table
+
+
+def _peers(device: str) -> dict[str, Row]:
+    """Other people's optimizers, where they are installed."""
+    peers: dict[str, Row] = {}
+    try:
+        from pytorch_optimizer import MARS as Peer  # type: ignore[import-not-found]
+
+        peers["pytorch_optimizer MARS"] = Row(lambda parameters: Peer(parameters, lr=1e-4), slow=True)
+    except ImportError:
+        print("pytorch_optimizer is not installed: its row is left out")
+    if device == "cuda":
+        try:
+            from flashoptim import FlashAdamW  # type: ignore[import-not-found]
+
+            peers["flashoptim AdamW"] = Row(lambda parameters: FlashAdamW(parameters, lr=1e-4), dtype=torch.bfloat16)
+        except ImportError:
+            print("flashoptim is not installed: its row is left out")
+    return peers
+
+
+class Bench:
+    """The fp32 parameters of one model, and the two baselines on them."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], device: str, bandwidth: float) -> None:
+        self.device, self.bandwidth = device, bandwidth
+        generator = torch.Generator(device).manual_seed(0)
+        values = [torch.empty(shape, device=device).normal_(0, 0.02, generator=generator) for shape in shapes]
+        self.parameters = [nn.Parameter(value) for value in values]
+        self.adamw = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+        self.num_parameters = sum(p.numel() for p in self.parameters)
+
+    def measure(self, name: str, row: Row, repeats: int) -> dict[str, Any]:
+        """Return a row of the table."""
+        own = self.parameters
+        if row.dtype != torch.float32:
+            own = [nn.Parameter(p.detach().to(row.dtype)) for p in self.parameters]
+        optimizer = row.make(own)
+
+        def prepare(which: str) -> None:
+            parameters = own if which == "it" else self.parameters
+            if which == "it" and isinstance(optimizer, MARS) and not optimizer.param_groups[0]["is_approx"]:
+                with optimizer.previous_params():
+                    fresh_gradients(parameters)
+            fresh_gradients(parameters)
+
+        runs: dict[str, Callable[[], None]] = {
+            "AdamW fused": lambda: take_step(self.adamw, self.parameters),
+            "clip + AdamW fused": lambda: take_step(self.adamw, self.parameters, clip=True),
+            "it": lambda: take_step(optimizer, own),
+        }
+        interleaved({"it": runs["it"]}, 1, prepare=prepare, device=self.device, warm_up=0)  # creates the state
+        prepare("it")
+        in_use = self._reset_peak()
+        runs["it"]()
+        peak = self._peak() - in_use
+        num_rounds = max(3, repeats // 4) if row.slow else repeats
+        times = interleaved(runs, num_rounds, prepare=prepare, device=self.device)
+        tensors = [t for state in _states(optimizer) for t in state.values() if isinstance(t, Tensor) and t.ndim > 0]
+        it, adamw, clipped = (times[key].median for key in ("it", "AdamW fused", "clip + AdamW fused"))
+        result: dict[str, Any] = {
+            "step": name,
+            "ms": times["it"],
+            "AdamW fused ms": times["AdamW fused"],
+            "clip + AdamW fused ms": times["clip + AdamW fused"],
+            "/ AdamW": it / adamw,
+            "/ (clip + AdamW)": it / clipped,
+            "bytes moved": "" if row.bytes_moved is None else row.bytes_moved,
+            "of copy rate": "",
+            "state bytes": sum(t.nbytes for t in tensors) / self.num_parameters,
+            "peak MB": round(peak / 1e6),
+        }
+        if row.bytes_moved is not None:
+            result["of copy rate"] = row.bytes_moved * self.num_parameters / (it / 1e3) / self.bandwidth
+        print("  ".join(f"{key}: {cell(value)}" for key, value in result.items()), flush=True)
+        return result
+
+    def _reset_peak(self) -> int:
+        """Start a new measurement of the peak; return the bytes in use."""
+        synchronize(self.device)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+
+    def _peak(self) -> int:
+        synchronize(self.device)
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else _status("VmHWM")
+
+
+def fresh_gradients(parameters: list[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = p.detach() * 1e-2
+
+
+def take_step(optimizer: Optimizer, parameters: list[nn.Parameter], *, clip: bool = False) -> None:
+    if clip:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    for p in parameters:
+        p.grad = None
+
+
+def _status(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def _states(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+    for part in getattr(optimizer, "both", [optimizer]):
+        yield from part.state.values()
+
+
+def by_size(device: str, bandwidth: float, repeats: int, largest: int) -> list[dict[str, Any]]:
+    """GPT-2's proportions from one million parameters up."""
+    sizes = {1: (2, 64, 8192), 10: (4, 256, 16384), 50: (8, 512, 32768), 124: (12, 768, 50257)}
+    sizes |= {355: (24, 1024, 50257), 774: (36, 1280, 50257), 1000: (42, 1360, 50257)}
+    result: list[dict[str, Any]] = []
+    for millions, model in sizes.items():
+        if millions > largest:
+            print(f"{millions}M parameters: left out, more than --largest {largest}")
+            continue
+        bench = Bench(gpt2_shapes(*model), device, bandwidth)
+        for name in ("mars-adamw", "mars-adamw, 8-bit state"):
+            # Fused AdamW and fp32 state together take 32 bytes a parameter; above 355M only the small state fits.
+            if device == "cuda" or millions <= 355 or "8-bit" in name:
+                made = bench.measure(name, rows(device)[name], max(5, repeats * 20 // (20 + millions)))
+                result.append({"parameters": bench.num_parameters, **made})
+    return result
+
+
+def by_count(device: str, bandwidth: float, repeats: int) -> list[dict[str, Any]]:
+    """Sixteen million parameters in more and more tensors."""
+    result: list[dict[str, Any]] = []
+    for count in (16, 160, 1600, 16000):
+        bench = Bench([(16, 1_000_000 // count)] * count, device, bandwidth)
+        made = bench.measure("mars-adamw", rows(device)["mars-adamw"], repeats)
+        result.append({"tensors": count, **made})
+    return result
+
+
+def plot(table: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of time relative to fused AdamW, logarithmic."""
+    import matplotlib.pyplot as plt
+
+    names, ratios = [row["step"] for row in table][::-1], [row["/ AdamW"] for row in table][::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(names) + 1), layout="constrained")
+    axes.barh(names, ratios, color=["#0072B2" if name.startswith("mars") else "#999999" for name in names])
+    for i, ratio in enumerate(ratios):
+        axes.text(ratio * 1.04, i, f"{ratio:.3g}", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="time of a step / torch AdamW fused", title=title)
+    axes.margins(x=0.2)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=GPT2, default="gpt2-small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", default="", help="a regular expression: only rows whose name it finds")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--scaling", action="store_true", help="cost against model size and number of tensors instead")
+    parser.add_argument("--largest", type=int, default=355, help="with --scaling: millions of parameters at most")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    device, repeats = arguments.device, arguments.repeats
+    bandwidth = copy_bandwidth(device)
+    where = surroundings(device) | {"copy GB/s": round(bandwidth / 1e9, 1)}
+    if arguments.scaling:
+        sections = {
+            "Model size": by_size(device, bandwidth, repeats, arguments.largest),
+            "Number of tensors (16M parameters)": by_count(device, bandwidth, repeats),
+        }
+        print(write("step-scaling", where, sections, NOTES))
+        return
+    bench = Bench(gpt2_shapes(*GPT2[arguments.model]), device, bandwidth)
+    chosen = {name: row for name, row in rows(device).items() if re.search(arguments.rows, name)}
+    if not chosen:
+        parser.error(f"--rows {arguments.rows!r} finds none of: {', '.join(rows(device))}")
+    table = [bench.measure(name, row, repeats) for name, row in chosen.items()]
+    path = write(f"step-{arguments.model}", where, {arguments.model: table}, NOTES)
+    plot(table, path.with_suffix(".svg"), f"{arguments.model}, {where['device']}")
+    print(path)
+
+
+NOTES = (
+    "Median (quartiles) in milliseconds of `step()` and freeing the gradients, each row interleaved with both "
+    "baselines on the same parameters. `bytes moved`: each operand of a parameter read and written once; `of copy "
+    "rate`: those bytes a second over what a pass in place over 512 MB moves. `state bytes`: optimizer state a "
+    "parameter. `peak MB`: memory above what is in use before the step. Made by `benchmarks/step.py`."
+)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The step by the native CPU kernels: one call a batch, everything read and written as stored."""
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from mars_optim.batch import Batch, Weight
+from mars_optim.state import is_q8
+
+from .native_library import RECORD, Arithmetic, Call, Flag, Format, Op, Rounding, load, run
+
+reads_storage = True
+unscales = False
+measures_clip = True
+
+_FORMATS = {
+    torch.float32: Format.F32,
+    torch.float64: Format.F64,
+    torch.bfloat16: Format.BF16,
+    torch.float16: Format.F16,
+    torch.int8: Format.Q8,
+    torch.uint8: Format.Q8,
+}
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
+
+def require() -> None:
+    """Raise NativeUnavailable, which says why, where the kernels cannot run."""
+    load()
+
+
+def gradient_products(batch: Batch) -> Tensor:
+    """Return (g.g, g.g', g'.g') for each tensor in float64, shape (n, 3)."""
+    sums = torch.zeros(len(batch.params), 3, dtype=torch.float64)
+    _run(batch, Op.PRODUCTS, sums=sums)
+    return sums
+
+
+def momentum_(batch: Batch) -> list[Tensor]:
+    """m_t = beta1 m_{t-1} + (1-beta1) c~_t, and v_t if there is one; return m_t."""
+    averages = batch.state[batch.momentum_name]
+    assert not any(name in batch.state for name in _SECOND_MOMENTS)
+    if not batch.treatment.one_buffer and averages[0].dtype == _arithmetic(batch):
+        _run(batch, Op.MOMENTUM)
+        return averages
+    momenta = [torch.empty_like(m, dtype=_arithmetic(batch)) for m in averages]
+    _run(batch, Op.MOMENTUM, out=momenta)
+    return momenta
+
+
+def descend_(batch: Batch, directions: list[Tensor], scales: list[float]) -> None:
+    """x_{t+1} = x_t - lr (scale * direction + weight_decay * x_t)."""
+    _run(batch, Op.DESCEND, out=directions, scales=scales)
+
+
+def adamw_(batch: Batch) -> None:
+    """m^_t / (sqrt(v^_t) + eps), both moments bias corrected."""
+    _run(batch, Op.ADAMW, scales=batch.update_scales)
+
+
+def lion_(batch: Batch) -> None:
+    """sign(m_t)."""
+    _run(batch, Op.LION, scales=batch.update_scales)
+
+
+@dataclass
+class _Operands:
+    """Tensors in the memory layout of their parameter; those that were not get a copy, written back afterwards."""
+
+    layouts: list[tuple[int, ...]]
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
+
+    def addresses(self, tensors: list[Tensor] | None, *, writes: bool = False) -> list[int]:
+        if tensors is None:
+            return [0] * len(self.layouts)
+        address = Tensor.data_ptr if writes else _read_only_address
+        return [address(self._laid_out(t, i, writes)) for i, t in enumerate(tensors)]
+
+    def _laid_out(self, tensor: Tensor, i: int, writes: bool) -> Tensor:
+        if tensor.stride() == self.layouts[i]:
+            return tensor
+        assert not is_q8(tensor)
+        copy = torch.empty_strided(tensor.shape, self.layouts[i], dtype=tensor.dtype).copy_(tensor)
+        self.copies.append((tensor if writes else copy, copy))
+        return copy
+
+    def write_back(self) -> None:
+        for tensor, copy in self.copies:
+            if tensor is not copy:
+                tensor.copy_(copy)
+
+
+def _read_only_address(tensor: Tensor) -> int:
+    """The address for reading only: asking for `data_ptr()` would end copy-on-write, by copying."""
+    return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.itemsize
+
+
+def _run(
+    batch: Batch,
+    op: Op,
+    *,
+    out: list[Tensor] | None = None,
+    scales: list[float] | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    count, treatment, state = len(batch.params), batch.treatment, batch.state
+    operands = _Operands([_dense_strides(p) for p in batch.params])
+    lr, no = float(treatment.lr), [0] * count
+    moves, averages = op in (Op.ADAMW, Op.LION, Op.DESCEND), op in (Op.ADAMW, Op.LION, Op.MOMENTUM)
+    reads_gradient = op != Op.DESCEND
+
+    def entry(name: str, wanted: bool) -> list[int]:
+        return operands.addresses(state[name], writes=True) if wanted and name in state else no
+
+    def plain(name: str, wanted: bool) -> list[int]:
+        return [t.data_ptr() for t in state[name]] if wanted and name in state else no
+
+    columns: list[Iterable[float]] = [
+        [p.numel() for p in batch.params],
+        operands.addresses(batch.params, writes=True) if moves else no,
+        entry("param_remainder", moves),
+        operands.addresses(batch.grads) if reads_gradient else no,
+        operands.addresses(batch.prev_grads) if reads_gradient else no,
+        plain("prev_grad_scale", reads_gradient and batch.prev_grads is not None),
+        operands.addresses(batch.next_grads, writes=True) if averages else no,
+        plain("prev_grad_scale", averages and batch.next_grads is not None),
+        entry(batch.momentum_name, averages),
+        plain(f"{batch.momentum_name}_scale", averages),
+        entry("exp_avg_sq", op == Op.ADAMW),
+        plain("exp_avg_sq_scale", op == Op.ADAMW),
+        entry("max_exp_avg_sq", op == Op.ADAMW),
+        plain("max_exp_avg_sq_scale", op == Op.ADAMW),
+        operands.addresses(out, writes=op == Op.MOMENTUM),
+        no if batch.keys is None else [int(key) for key in batch.keys],
+        *_weights(batch, op),
+        [1 - lr * treatment.weight_decay] * count,
+        _step_sizes(batch, op, lr, scales),
+        [(1 - treatment.beta2 ** float(t)) ** -0.5 for t in batch.steps] if op == Op.ADAMW else no,
+    ]
+    records = bytearray(RECORD.size * count)
+    for i, row in enumerate(zip(*columns, strict=True)):
+        RECORD.pack_into(records, i * RECORD.size, *row)
+    run(_call(batch, op, out), records, count, None if sums is None else sums.data_ptr())
+    operands.write_back()
+    # Autograd has to learn that the values it may have saved are gone.
+    increment_version(batch.params if moves else out if op == Op.MOMENTUM and out else ())
+
+
+def _call(batch: Batch, op: Op, out: list[Tensor] | None) -> Call:
+    treatment, state = batch.treatment, batch.state
+    previous = batch.prev_grads if batch.prev_grads is not None else batch.next_grads
+    flags = (
+        (Flag.ONE_BUFFER if treatment.one_buffer else 0)
+        | (Flag.AMSGRAD if treatment.amsgrad and op == Op.ADAMW else 0)
+        | (0 if batch.keys is None else Flag.STOCHASTIC_M | Flag.STOCHASTIC_V)
+    )
+    clips = batch.clip is None and op in (Op.ADAMW, Op.LION, Op.MOMENTUM)
+    return Call(
+        op=op,
+        arithmetic=Arithmetic.DOUBLE if _arithmetic(batch) == torch.float64 else Arithmetic.FLOAT,
+        x_format=_FORMATS[batch.params[0].dtype],
+        g_format=_FORMATS[batch.grads[0].dtype],
+        prev_format=_FORMATS[(batch.grads if previous is None else previous)[0].dtype],
+        m_format=_FORMATS[state[batch.momentum_name][0].dtype],
+        v_format=_FORMATS[state["exp_avg_sq"][0].dtype] if "exp_avg_sq" in state else Format.F32,
+        out_format=Format.F32 if out is None else _FORMATS[out[0].dtype],
+        rounding=Rounding[treatment.param_rounding.upper()] if batch.params[0].itemsize == 2 else Rounding.NEAREST,
+        flags=flags,
+        num_threads=torch.get_num_threads(),
+        beta1=treatment.beta1,
+        beta2=treatment.beta2,
+        eps=treatment.eps,
+        clip_norm=(treatment.clip_norm or 0.0) if clips else 0.0,
+    )
+
+
+def _arithmetic(batch: Batch) -> torch.dtype:
+    return torch.float64 if batch.params[0].dtype == torch.float64 else torch.float32
+
+
+def _weights(batch: Batch, op: Op) -> list[list[float]]:
+    """The records' a, b, ratio, we and wg; clipping is in them unless the kernel finds it."""
+    if op in (Op.PRODUCTS, Op.DESCEND):
+        return [[0.0] * len(batch.params)] * 4
+    clip: Weight = 1.0 if batch.clip is None else batch.clip
+    average_weight, grad_weight = batch.momentum_weights
+    a = batch.grad_weight + batch.difference_weight * (batch.ratio - 1)
+    weights = (a * clip, batch.difference_weight * clip, average_weight, grad_weight)
+    return [_each(weight, len(batch.params)) for weight in weights]
+
+
+def _each(weight: Weight, count: int) -> list[float]:
+    if isinstance(weight, Tensor) and weight.ndim:
+        return weight.tolist()
+    return [float(weight)] * count
+
+
+def _step_sizes(batch: Batch, op: Op, lr: float, scales: list[float] | None) -> list[float]:
+    scales = [0.0] * len(batch.params) if scales is None else scales
+    if op == Op.ADAMW:
+        beta1 = batch.treatment.beta1
+        return [lr * scale / (1 - beta1 ** float(t)) for scale, t in zip(scales, batch.steps, strict=True)]
+    return [lr * scale for scale in scales]
+
+
+def _dense_strides(param: Tensor) -> tuple[int, ...]:
+    """The strides of the state of a parameter: its own where it is dense."""
+    return param.stride() if param.is_contiguous() else torch.empty_like(param).stride()

@@ -1,0 +1,157 @@
+"""Which parameters take part in a step, with the state that they need for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .batch import Treatment
+from .exact import PreviousGradients
+from .hyperparameters import fold_lr_1d, treatments
+from .offload import place
+from .preconditioners import PRECONDITIONERS
+from .state import (
+    arithmetic_dtype,
+    choose_form,
+    complete,
+    complete_remainder,
+    complete_scalar,
+    discard,
+    precision_of,
+)
+
+
+# For each parameter, what its state was last completed for.
+Completed = dict[Tensor, tuple[Any, ...]]
+
+
+@dataclass(slots=True)
+class Member:
+    """A parameter that takes part in this step."""
+
+    param: Tensor
+    grad: Tensor
+    index: int  # among all parameters of the optimizer
+    state: dict[str, Any]
+    treatment: Treatment
+    prev_grad: Tensor | None = None  # exact mode: g'_t, raw
+    prev_coefficient: Tensor | None = None  # exact mode: the factor of its global clipping
+
+
+def members_of(
+    group: dict[str, Any],
+    states: MutableMapping[Tensor, dict[str, Any]],
+    previous: PreviousGradients | None,
+    completed: Completed,
+    first_index: int,
+    which: Iterable[int] | None = None,
+) -> list[Member]:
+    """Collect the parameters of `group` that take part in this step, and create what state they lack.
+
+    Args:
+        group: the group.
+        states: the optimizer's state.
+        previous: exact mode: what was evaluated at the previous weights.
+        completed: what each state has been completed for; states that still are need no second look.
+        first_index: the index of the group's first parameter among all.
+        which: places in the group to look at; None: all.
+
+    Raises:
+        RuntimeError: a sparse gradient.
+        ValueError: exact mode without an evaluation at the previous weights.
+    """
+    fold_lr_1d(group)
+    vector, main = treatments(group)
+    wants_vector, wants_main = _wants(vector, group), _wants(main, group)
+    members: list[Member] = []
+    for i in range(len(group["params"])) if which is None else which:
+        p: Tensor = group["params"][i]
+        grad = p.grad
+        if grad is None:
+            continue
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"MARS does not support sparse gradients, and parameter {names_of(group)[i]} has one; construct the "
+                "embedding with sparse=False"
+            )
+        treatment, wants = (vector, wants_vector) if p.ndim < 2 else (main, wants_main)
+        state = states[p]
+        if completed.get(p) != (len(state), grad.dtype, wants):
+            only_materialises = not state and _is_materialising(p, group)
+            _complete(state, p, treatment, group)
+            completed[p] = (len(state), grad.dtype, wants)
+            if only_materialises:
+                continue
+        if previous is None:
+            if treatment.gamma is not None and not group["is_approx"]:
+                raise ValueError(
+                    "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
+                    "compute it inside `with optimizer.previous_params():` before the gradient of this step"
+                )
+            members.append(Member(p, grad, first_index + i, state, treatment))
+        else:
+            there = previous.grads.get(p), previous.coefficients.get(p)
+            members.append(Member(p, grad, first_index + i, state, treatment, *there))
+    return members
+
+
+def _wants(treatment: Treatment, group: dict[str, Any]) -> tuple[Any, ...]:
+    """All that decides which entries a state has, and how they are stored."""
+    precision = group["state_precision"]
+    return (
+        treatment.preconditioner,
+        treatment.amsgrad,
+        treatment.gamma is None,
+        treatment.one_buffer,
+        treatment.max_grad_norm is None,
+        group["is_approx"],
+        group["capturable"],
+        group["param_rounding"],
+        group["offload_state"],
+        precision if isinstance(precision, str) else tuple(precision.items()),
+        torch.get_default_dtype(),
+    )
+
+
+def _complete(state: dict[str, Any], p: Tensor, treatment: Treatment, group: dict[str, Any]) -> None:
+    """Create what the state lacks, in the group's precision, and drop what the treatment has no use for."""
+    is_corrected, is_approx, one_buffer = treatment.gamma is not None, group["is_approx"], treatment.one_buffer
+    precision, capturable = group["state_precision"], group["capturable"]
+    if state:
+        gamma = treatment.gamma if one_buffer else 0.0
+        choose_form(state, p, one_buffer=one_buffer, gamma=cast(float, gamma))
+    # What another mode, or gamma = 0, has left behind would be out of date by the time it is used again.
+    if not is_corrected or not is_approx or one_buffer:
+        discard(state, "prev_grad")
+    keeps = "exp_avg_grad" if one_buffer else "prev_grad" if is_approx else "prev_param"
+    if not is_corrected or keeps not in state:
+        state.pop("has_prev", None)
+    complete_scalar(state, p, "step", capturable=capturable)
+    complete(state, p, "exp_avg_grad" if one_buffer else "exp_avg", precision_of(precision, "exp_avg"))
+    for name in PRECONDITIONERS[treatment.preconditioner].state_names(treatment):
+        complete(state, p, name, precision_of(precision, name))
+    if is_corrected:
+        complete_scalar(state, p, "has_prev", capturable=capturable)
+        if is_approx and not one_buffer:
+            complete(state, p, "prev_grad", precision_of(precision, "prev_grad"))
+            # Under `capturable` a grad scaler may leave unscaling to the step, at any step.
+            if (treatment.max_grad_norm is not None or capturable) and "prev_coefficient" not in state:
+                state["prev_coefficient"] = torch.ones((), dtype=arithmetic_dtype(p).to_real(), device=p.device)
+    complete_remainder(state, p, group["param_rounding"])
+    place(state, p, on_host=group["offload_state"])
+
+
+def names_of(group: dict[str, Any]) -> list[str]:
+    """Return what to call the parameters of `group` in messages."""
+    return group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
+
+
+def _is_materialising(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a checkpoint tool only wants the state to exist: a zero gradient and lr = 0 before any step."""
+    if param.grad is None or param.is_meta:
+        return False
+    return float(group["lr"]) == 0 and not bool(param.grad.any())

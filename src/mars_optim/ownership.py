@@ -1,0 +1,31 @@
+"""Whether a gradient's memory may become the previous gradient without a copy."""
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The tensor and the storage object that is asked; for the tensor itself `p.grad` and its Python object.
+_SOLE = 2
+
+
+def keep(grad: Tensor) -> Tensor | None:
+    """Return a tensor of the values that `grad` has now, sharing its memory; None where that cannot be proved safe.
+
+    The memory becomes copy-on-write: whoever writes to `p.grad` later through torch, be it `zero_()`, accumulation or
+    an all-reduce, gets a copy then, and the value kept stays. What writes past torch is recognised beforehand: a
+    gradient that is a view of something larger (DDP's buckets), whose memory numpy or DLPack has been handed, or that
+    other processes share, has more than one owner. Accelerator memory may belong to a CUDA graph, which leaves no
+    trace on the tensor, so it is never kept.
+    """
+    if type(grad) is not Tensor or grad.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    storage = grad.untyped_storage()
+    is_sole_owner = torch._C._storage_Use_Count(storage._cdata) == _SOLE and grad._use_count() == _SOLE
+    if not is_sole_owner or storage.nbytes() != grad.numel() * grad.itemsize or grad.requires_grad:
+        return None
+    try:
+        return torch._lazy_clone(grad)
+    except RuntimeError:  # memory of another allocator: shared, pinned, numpy's
+        return None
