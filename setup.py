@@ -22,6 +22,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-g0",
 ]
+LINK_FLAGS = {"win32": [], "linux": ["-pthread", "-ldl"]}.get(sys.platform, ["-pthread"])
 
 
 class BuildLibrary(build_ext):
@@ -59,7 +60,7 @@ setup(
             sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             extra_compile_args=[*FLAGS, "-pthread"],
-            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+            extra_link_args=LINK_FLAGS,
             language="c++",
             optional=True,
         )

@@ -105,32 +105,30 @@ class Call(ctypes.Structure):
 
 
 # A tensor's record in order: the element count, addresses (0: absent), the random key, then doubles.
-RECORD_FIELDS = tuple(
-    [
-        "n",
-        "x",
-        "extra",
-        "g",
-        "prev",
-        "prev_scale",
-        "next",
-        "next_scale",
-        "m",
-        "m_scale",
-        "v",
-        "v_scale",
-        "vmax",
-        "vmax_scale",
-        "out",
-        "key",
-        "a",
-        "b",
-        "we",
-        "wg",
-        "decay",
-        "step_size",
-        "inv_sqrt_bias2",
-    ]
+RECORD_FIELDS = (
+    "n",
+    "x",
+    "extra",
+    "g",
+    "prev",
+    "prev_scale",
+    "next",
+    "next_scale",
+    "m",
+    "m_scale",
+    "v",
+    "v_scale",
+    "vmax",
+    "vmax_scale",
+    "out",
+    "key",
+    "a",
+    "b",
+    "we",
+    "wg",
+    "decay",
+    "step_size",
+    "inv_sqrt_bias2",
 )
 RECORD = struct.Struct("=q15Q7d")
 

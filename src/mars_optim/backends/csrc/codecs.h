@@ -192,7 +192,7 @@ static void put_back(const Stored& s, int64_t start, int n, const T* elements, c
     if (s.data && s.format != kNative<T>) encode(s, start, n, elements, random, shift);
 }
 
-// The next block, which starts at this element.
+// Asks for the block that starts at this element.
 static inline void prefetch(const Stored& s, int64_t start) {
     if (!s.data) return;
     const int size = s.format == kF64 ? 8 : s.format == kF32 ? 4 : s.format == kQ8 ? 1 : 2;

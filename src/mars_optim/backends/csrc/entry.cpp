@@ -49,8 +49,11 @@ public:
     }
 
     void run() {
-        const int64_t chunks = first_.back();
-        run_parallel(int(std::min<int64_t>(call_.num_threads, chunks / 2)), [](void* plan) { static_cast<Plan*>(plan)->work(); }, this);
+        // All threads or one: OpenMP dismisses threads that a smaller team leaves over.
+        int64_t elements = 0;
+        for (int64_t t = 0; t < count_; ++t) elements += records_[t].n;
+        const int num_threads = elements < 2 * kChunk ? 1 : call_.num_threads;
+        run_parallel(num_threads, [](void* plan) { static_cast<Plan*>(plan)->work(); }, this);
     }
 
 private:

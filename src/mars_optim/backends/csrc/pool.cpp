@@ -13,6 +13,9 @@ static long process_id() { return 0; }  // no fork
 #include <unistd.h>
 static long process_id() { return getpid(); }
 #endif
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
 
 namespace mars {
 namespace {
@@ -35,7 +38,6 @@ private:
             body_ = body;
             data_ = data;
             seats_ = seats;
-            std::fegetenv(&environment_);
             try {
                 for (; num_workers_ < seats; ++num_workers_) std::thread(&Pool::work, this).detach();
             } catch (const std::system_error&) {
@@ -58,7 +60,6 @@ private:
             wake_.wait(lock, [this] { return seats_ > 0; });
             --seats_;
             ++num_active_;
-            std::fesetenv(&environment_);  // the caller's treatment of subnormals, say
             void (*body)(void*) = body_;
             void* data = data_;
             lock.unlock();
@@ -73,7 +74,6 @@ private:
     std::condition_variable wake_, idle_;
     void (*body_)(void*) = nullptr;
     void* data_ = nullptr;
-    std::fenv_t environment_{};
     int seats_ = 0;
     int num_workers_ = 0;
     int num_active_ = 0;
@@ -93,11 +93,44 @@ Pool& pool() {
     return *known;
 }
 
+// A body and its caller's floating-point environment (whether subnormals are flushed, say), so that all threads agree.
+struct Job {
+    void (*body)(void*);
+    void* data;
+    std::fenv_t environment;
+
+    static void run(void* self) {
+        const Job& job = *static_cast<Job*>(self);
+        std::fenv_t own;
+        std::fegetenv(&own);
+        std::fesetenv(&job.environment);
+        job.body(job.data);
+        std::fesetenv(&own);
+    }
+};
+
+// torch's own threads, where they are GNU OpenMP's: after a backward pass they spin on the other cores for a while, and
+// threads of ours would have to share those with them. Not in a forked child, where GNU OpenMP hangs.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel gomp_parallel() {
+#ifdef __linux__
+    static const long loader = process_id();
+    static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return process_id() == loader ? found : nullptr;
+#else
+    return nullptr;
+#endif
+}
+
 }  // namespace
 
 void run_parallel(int num_threads, void (*body)(void*), void* data) {
     if (num_threads <= 1) return body(data);
-    pool().run(num_threads, body, data);
+    Job job{body, data, {}};
+    std::fegetenv(&job.environment);
+    if (GompParallel parallel = gomp_parallel()) parallel(Job::run, &job, unsigned(num_threads), 0);
+    else pool().run(num_threads, Job::run, &job);
 }
 
 }  // namespace mars

@@ -174,7 +174,7 @@ static void update(const Call& call, const Record& r, int64_t start, int64_t cou
     const Operands operands(call, r);
     const Weights<T> weights(call, r, clip);
     for (int64_t i = 0; i < count; i += kBlock) {
-        if (count - i >= 2 * kBlock) prefetch_step(operands, start + i + kBlock);
+        if (count - i >= kAhead + kBlock) prefetch_step(operands, start + i + kAhead);
         block(call, r, operands, weights, start + i, int(count - i < kBlock ? count - i : kBlock));
     }
 }
