@@ -16,9 +16,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "src" / "mars_optim" / "backends" / "csrc"
-FLAGS = (
-    "-std=c++17 -O1 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -fno-omit-frame-pointer -pthread".split()
-)
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fno-omit-frame-pointer",
+    "-pthread",
+]
 RUNS = {
     # A float that overflows an integer is undefined; one that overflows a float is infinite.
     "memory": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"],

@@ -113,9 +113,10 @@ struct Job {
 // threads of ours would have to share those with them. Not in a forked child, where GNU OpenMP hangs.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+const long loader = process_id();
+
 GompParallel gomp_parallel() {
 #ifdef __linux__
-    static const long loader = process_id();
     static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return process_id() == loader ? found : nullptr;
 #else
