@@ -133,6 +133,18 @@ def test_next_keeps_the_raw_gradient_and_may_be_prev(op):
         np.testing.assert_array_equal(t["x"].data, same["x"].data)
 
 
+def test_one_loop_for_bf16_state_gives_the_bits_of_separate_passes():
+    """With vmax at 0, amsgrad changes nothing but the way through the kernels."""
+    for prev, b in ((Format.BF16, 0.4), (Format.BF16, 0.0), ("none", 0.4)):
+        ts = [operands(5001, m=Format.BF16, v=Format.BF16, prev=prev, vmax=True) for _ in range(2)]
+        for t, flags in zip(ts, (DRAWN, DRAWN | Flag.AMSGRAD), strict=True):
+            t["vmax"].data[:] = 0
+            t["next"] = t["prev"] if prev == Format.BF16 else Operand(Format.BF16, np.zeros(5001))
+            run(Op.ADAMW, [{**t, **NUMBERS, "b": b}], flags=flags, clip_norm=1.0)
+        for name in ("x", "m", "v", "next"):
+            np.testing.assert_array_equal(ts[0][name].data, ts[1][name].data)
+
+
 def test_b_of_zero_does_not_read_the_previous_gradient():
     t = operands(300)
     t["prev"].data[:] = np.nan

@@ -114,10 +114,11 @@ static void step_block(const Call& call, const Record& r, const Operands& o, con
     if (o.next.data) encode(o.next, start, n, g);  // last: prev may be the same memory
 }
 
-// The state that one wants in bf16, in a single loop: a block's passes, as above, cost more than its memory.
-static inline bool is_bf16_adamw(const Call& c) {
-    return c.op == kAdamw && c.arithmetic == kFloat && c.m_format == kBF16 && c.v_format == kBF16 &&
-           c.prev_format == kBF16 && (c.flags & (kStochasticM | kStochasticV | kAmsgrad)) == (kStochasticM | kStochasticV);
+// The state that one wants in bf16 takes a single loop: the passes above would cost more than its memory does.
+static inline bool is_bf16_adamw(const Call& c, const Record& r) {
+    constexpr int32_t kDrawn = kStochasticM | kStochasticV;
+    return c.op == kAdamw && c.m_format == kBF16 && c.v_format == kBF16 && (!r.prev || c.prev_format == kBF16) &&
+           (c.flags & (kDrawn | kAmsgrad)) == kDrawn;
 }
 
 static void bf16_adamw_block(const Call& call, const Record& r, const Operands& o, const Weights<float>& w,
@@ -125,12 +126,12 @@ static void bf16_adamw_block(const Call& call, const Record& r, const Operands& 
     float g_buffer[kBlock], x_buffer[kBlock];
     const float* g = view(o.g, start, n, g_buffer);
     float* x = load_x(call, r, start, n, x_buffer);
-    uint16_t* prev = at<uint16_t>(o.prev, start);
+    const bool has_prev = r.prev && w.b != 0;
+    uint16_t* prev = has_prev ? at<uint16_t>(o.prev, start) : nullptr;
     uint16_t* m = at<uint16_t>(o.m, start);
     uint16_t* v = at<uint16_t>(o.v, start);
     float* vmax = nullptr;
     const uint32_t first = uint32_t(start), key = uint32_t(r.key);
-    const bool has_prev = r.prev && w.b != 0;
     const bool keeps = has_prev && r.next == r.prev;
     if (keeps) adamw<true, false, true>(n, w, g, prev, m, v, vmax, x, first, key);
     else if (has_prev) adamw<true, false>(n, w, g, prev, m, v, vmax, x, first, key);
@@ -154,12 +155,13 @@ static inline void prefetch_step(const Operands& o, int64_t start) {
     prefetch(o.prev, start);
     prefetch(o.m, start);
     prefetch(o.v, start);
+    prefetch(o.out, start);
 }
 
 static inline void block(const Call& call, const Record& r, const Operands& o, const Weights<float>& w, int64_t start,
                          int n) {
     if (call.op == kDescend) descend_block(call, r, o, w, start, n);
-    else if (is_bf16_adamw(call)) bf16_adamw_block(call, r, o, w, start, n);
+    else if (is_bf16_adamw(call, r)) bf16_adamw_block(call, r, o, w, start, n);
     else step_block(call, r, o, w, start, n);
 }
 
