@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test gpu lint types check mutants clean
+.PHONY: train test gpu lint types check mutants sanitize clean
 
 train: $(VENV)/.ready
 	$(BIN)/mars train $(ARGS)
@@ -29,6 +29,10 @@ check: lint types test
 # Breaks the library on purpose, one place at a time, and asks the tests to notice.
 mutants: $(VENV)/.ready
 	$(BIN)/python tests/mutants.py
+
+# The native kernels under the compiler's sanitizers; needs a compiler and nothing else.
+sanitize:
+	$(PYTHON) tests/sanitize.py
 
 # torch first and pinned: a looser request would fetch a build with several gigabytes of CUDA packages.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -1,0 +1,78 @@
+// The C interface: what one call says and what one tensor's record holds. `native_library.py` mirrors this file; a
+// change of either raises kAbiVersion in both.
+#pragma once
+
+#include <cstdint>
+
+namespace mars {
+
+constexpr int32_t kAbiVersion = 1;
+constexpr int kQ8Block = 128;  // elements that share one scale
+
+enum Op : int32_t { kProducts, kAdamw, kLion, kMomentum, kDescend, kNumOps };
+enum Arithmetic : int32_t { kFloat, kDouble, kNumArithmetics };
+enum Format : int32_t { kF32, kF64, kBF16, kF16, kQ8, kNumFormats };
+enum Rounding : int32_t { kNearest, kStochastic, kKahan, kRemainder16, kRemainder8, kNumRoundings };
+enum Flag : int32_t { kOneBuffer = 1, kAmsgrad = 2, kStochasticM = 4, kStochasticV = 8 };
+enum Isa : int32_t { kBaseline, kAvx2, kAvx512, kNumIsas };
+enum Status : int32_t { kOk, kBadCall, kBadIsa, kNoMemory };
+
+// One batch: tensors with equal formats that take the same step.
+struct Call {
+    int32_t op;
+    int32_t arithmetic;
+    int32_t x_format;     // F32, BF16, F16; F64 if and only if the arithmetic is double
+    int32_t g_format;     // any but Q8
+    int32_t prev_format;  // of prev and next
+    int32_t m_format;
+    int32_t v_format;    // of v and vmax
+    int32_t out_format;  // any but Q8
+    int32_t rounding;    // of x
+    int32_t flags;
+    int32_t num_threads;
+    int32_t reserved;
+    double beta1;
+    double beta2;
+    double eps;
+    double clip_norm;  // <= 0: no clipping by the norm of c
+};
+
+// One tensor: 23 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone.
+struct Record {
+    int64_t n;
+    void* x;
+    void* extra;
+    const void* g;
+    const void* prev;
+    const float* prev_scale;
+    void* next;
+    float* next_scale;
+    void* m;
+    float* m_scale;
+    void* v;
+    float* v_scale;
+    void* vmax;
+    float* vmax_scale;
+    void* out;
+    uint64_t key;  // of the random bits; the low half counts
+    double a;      // c = a g + b (g - g')
+    double b;
+    double we;  // one buffer: m = we e + wg g
+    double wg;
+    double decay;  // x <- decay x - step_size * direction
+    double step_size;
+    double inv_sqrt_bias2;
+};
+static_assert(sizeof(Call) == 80 && sizeof(Record) == 23 * 8, "native_library.py packs these by hand");
+
+// What each level of the instruction set provides: the same functions over a range of one tensor's elements that starts
+// at a multiple of kQ8Block. `measure` adds nothing up across calls: it overwrites sums[0..2].
+struct Kernels {
+    void (*measure)(const Call&, const Record&, int64_t start, int64_t count, double* sums);
+    void (*update)(const Call&, const Record&, int64_t start, int64_t count, double clip);
+};
+
+// Null where the level was not compiled or this CPU lacks it.
+const Kernels* kernels_for(int32_t isa, int32_t arithmetic);
+
+}  // namespace mars

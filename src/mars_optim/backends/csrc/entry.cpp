@@ -1,0 +1,172 @@
+// What the library exports: a call's work cut into tasks, whose size and order of summation do not depend on the number
+// of threads.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "abi.h"
+#include "pool.h"
+
+#ifdef _WIN32
+#define MARS_EXPORT extern "C" __declspec(dllexport)
+#else
+#define MARS_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace mars {
+namespace {
+
+constexpr int64_t kChunk = 32768;  // elements a task; whole blocks of kQ8Block
+static_assert(kChunk % kQ8Block == 0, "a scale belongs to one task");
+constexpr int64_t kWindow = 1 << 20;  // elements measured before they are updated: g and g' of these stay in the cache
+
+struct Task {
+    bool measures;
+    int64_t tensor;
+    int64_t chunk;
+};
+
+// One call's tensors, tasks and what they find.
+class Plan {
+public:
+    Plan(const Call& call, const Record* records, int64_t count, const Kernels& kernels, double* sums)
+        : call_(call), records_(records), count_(count), kernels_(kernels), sums_(sums),
+          measures_(call.op == kProducts || (call.op != kDescend && call.clip_norm > 0)),
+          first_(size_t(count) + 1) {
+        for (int64_t t = 0; t < count; ++t) first_[size_t(t) + 1] = first_[size_t(t)] + chunks_of(t);
+        if (measures_) {
+            partial_.resize(3 * size_t(first_.back()));
+            clip_.resize(size_t(count), 1.0);
+            pending_.reset(new std::atomic<int64_t>[size_t(count)]);
+            for (int64_t t = 0; t < count; ++t) pending_[size_t(t)].store(chunks_of(t), std::memory_order_relaxed);
+        }
+        if (sums) std::fill(sums, sums + 3 * count, 0.0);
+        order();
+    }
+
+    void run() {
+        // All threads or one: OpenMP dismisses threads that a smaller team leaves over.
+        int64_t elements = 0;
+        for (int64_t t = 0; t < count_; ++t) elements += records_[t].n;
+        const int num_threads = elements < 2 * kChunk ? 1 : call_.num_threads;
+        run_parallel(num_threads, [](void* plan) { static_cast<Plan*>(plan)->work(); }, this);
+    }
+
+private:
+    int64_t chunks_of(int64_t t) const { return (records_[t].n + kChunk - 1) / kChunk; }
+
+    // Windows of tensors: all are measured, then updated from the last chunk to the first, since the last is the one
+    // that the cache still holds.
+    void order() {
+        tasks_.reserve(size_t(first_.back()) * (measures_ ? 2 : 1));
+        int64_t begin = 0, elements = 0;
+        for (int64_t t = 0; t < count_; ++t) {
+            elements += records_[t].n;
+            if (elements < kWindow && t + 1 < count_) continue;
+            if (measures_)
+                for (int64_t i = begin; i <= t; ++i)
+                    for (int64_t c = 0; c < chunks_of(i); ++c) tasks_.push_back({true, i, c});
+            if (call_.op != kProducts)
+                for (int64_t i = t; i >= begin; --i)
+                    for (int64_t c = chunks_of(i); c-- > 0;) tasks_.push_back({false, i, c});
+            begin = t + 1;
+            elements = 0;
+        }
+    }
+
+    void work() {
+        for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) {
+            const Task& task = tasks_[i];
+            const Record& record = records_[task.tensor];
+            const int64_t start = task.chunk * kChunk, length = std::min(kChunk, record.n - start);
+            if (task.measures) measure(task, record, start, length);
+            else kernels_.update(call_, record, start, length, clip(task.tensor));
+        }
+    }
+
+    void measure(const Task& task, const Record& record, int64_t start, int64_t length) {
+        double* chunk_sums = &partial_[3 * size_t(first_[size_t(task.tensor)] + task.chunk)];
+        kernels_.measure(call_, record, start, length, chunk_sums);
+        if (pending_[size_t(task.tensor)].fetch_sub(1, std::memory_order_acq_rel) == 1) conclude(task.tensor);
+    }
+
+    // By whichever thread measured a tensor's last chunk.
+    void conclude(int64_t t) {
+        double total[3] = {};
+        for (int64_t c = first_[size_t(t)]; c < first_[size_t(t) + 1]; ++c)
+            for (int k = 0; k < 3; ++k) total[k] += partial_[3 * size_t(c) + size_t(k)];
+        if (call_.op == kProducts) {
+            std::copy(total, total + 3, sums_ + 3 * t);
+            return;
+        }
+        const double norm = std::sqrt(total[0]);
+        clip_[size_t(t)] = norm <= call_.clip_norm ? 1.0 : call_.clip_norm / norm;
+        pending_[size_t(t)].store(kConcluded, std::memory_order_release);
+    }
+
+    // Waits, briefly: everything that the norm needs was taken by running threads before this task.
+    double clip(int64_t t) {
+        if (!measures_) return 1.0;
+        while (pending_[size_t(t)].load(std::memory_order_acquire) != kConcluded) std::this_thread::yield();
+        return clip_[size_t(t)];
+    }
+
+    static constexpr int64_t kConcluded = -1;
+
+    const Call& call_;
+    const Record* records_;
+    const int64_t count_;
+    const Kernels& kernels_;
+    double* sums_;
+    const bool measures_;
+    std::vector<int64_t> first_;  // each tensor's first chunk, counted over all tensors
+    std::vector<Task> tasks_;
+    std::vector<double> partial_;  // three sums a chunk
+    std::vector<double> clip_;
+    std::unique_ptr<std::atomic<int64_t>[]> pending_;  // chunks of each tensor yet to be measured
+    std::atomic<size_t> next_{0};
+};
+
+bool within(int32_t value, int32_t limit) { return value >= 0 && value < limit; }
+
+bool is_valid(const Call& c) {
+    const bool is_double = c.arithmetic == kDouble;
+    const int32_t formats[] = {c.x_format, c.g_format, c.prev_format, c.m_format, c.v_format, c.out_format};
+    for (int32_t format : formats)
+        if (!within(format, kNumFormats) || (format == kF64 && !is_double)) return false;
+    const bool is_narrow = c.x_format == kBF16 || c.x_format == kF16;
+    return within(c.op, kNumOps) && within(c.arithmetic, kNumArithmetics) && within(c.rounding, kNumRoundings) &&
+           (is_double ? c.x_format == kF64 : is_narrow || c.x_format == kF32) && (is_narrow || c.rounding == kNearest) &&
+           c.g_format != kQ8 && c.out_format != kQ8;
+}
+
+}  // namespace
+}  // namespace mars
+
+MARS_EXPORT int32_t mars_abi_version() { return mars::kAbiVersion; }
+
+// Bit i: level i was compiled and this CPU has it.
+MARS_EXPORT int32_t mars_isa_levels() {
+    int32_t levels = 0;
+    for (int32_t isa = 0; isa < mars::kNumIsas; ++isa) levels |= mars::kernels_for(isa, mars::kFloat) ? 1 << isa : 0;
+    return levels;
+}
+
+// `sums`: three doubles a tensor, for kProducts alone. Returns a Status.
+MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Record* records, int64_t count,
+                             double* sums) {
+    using namespace mars;
+    if (!is_valid(*call) || (call->op == kProducts) != (sums != nullptr)) return kBadCall;
+    const Kernels* kernels = kernels_for(isa, call->arithmetic);
+    if (!kernels) return kBadIsa;
+    try {
+        Plan(*call, records, count, *kernels, sums).run();
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+    return kOk;
+}

@@ -1,0 +1,74 @@
+// The kernels, once for each level of the instruction set: the same source, which the compiler vectorises as wide as the
+// level allows. Without contraction of a*b + c the levels agree bit for bit.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "abi.h"
+
+namespace mars {
+
+// Elements at a time: a block's buffers, and the operands on their way for the blocks to come, fit the first-level cache.
+constexpr int kBlock = 256;
+constexpr int kAhead = 4 * kBlock;  // how far ahead operands are asked for: about a page of memory
+static_assert(kBlock % kQ8Block == 0, "a scale belongs to one block");
+
+}  // namespace mars
+
+#ifdef _MSC_VER
+#include <intrin.h>
+#define MARS_PREFETCH(address) _mm_prefetch(address, _MM_HINT_T0)
+#else
+#define MARS_PREFETCH(address) __builtin_prefetch(address)
+#endif
+
+#define MARS_LEVEL baseline
+#include "level.h"
+#undef MARS_LEVEL
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MARS_HAS_LEVELS 1
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define MARS_LEVEL avx2
+#include "level.h"
+#undef MARS_LEVEL
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#endif
+#define MARS_LEVEL avx512
+#include "level.h"
+#undef MARS_LEVEL
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace mars {
+
+const Kernels* kernels_for(int32_t isa, int32_t arithmetic) {
+    if (isa == kBaseline) return &baseline::kKernels[arithmetic];
+#ifdef MARS_HAS_LEVELS
+    __builtin_cpu_init();
+    if (isa == kAvx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::kKernels[arithmetic];
+    if (isa == kAvx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        return &avx512::kKernels[arithmetic];
+#endif
+    return nullptr;
+}
+
+}  // namespace mars

@@ -1,0 +1,72 @@
+// Single numbers: 16-bit formats by integer arithmetic, so that every compiler vectorises them at every level and
+// subnormals survive a flush-to-zero mode; and the random bits. Included once a level, inside its namespace.
+
+template <class To, class From>
+static inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same width");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+static inline uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
+
+// 32 random bits for element i. torch and Triton spell the same function.
+static inline uint32_t random_bits(uint32_t i, uint32_t key) {
+    uint32_t h = i * 0x9E3779B1u + key;
+    h ^= h >> 16;
+    h *= 0x85ebca6bu;
+    h ^= h >> 13;
+    h *= 0xc2b2ae35u;
+    return h ^ (h >> 16);
+}
+
+// A 16-bit format drops the low bits of a float's magnitude after an addend below 2^kDropped was added to it: the
+// addend decides how it rounds.
+struct Bf16 {
+    static constexpr int kDropped = 16;
+
+    static inline float widen(uint16_t h) { return bit_cast<float>(uint32_t(h) << 16); }
+
+    static inline uint16_t round(float x, uint32_t addend) {
+        const uint32_t bits = bits_of(x);
+        const bool is_nan = x != x;
+        return uint16_t((is_nan ? (bits | 0x400000u) : bits + addend) >> 16);
+    }
+};
+
+struct Half {
+    static constexpr int kDropped = 13;
+
+    static inline float widen(uint16_t h) {
+        const int32_t magnitude = h & 0x7fff;
+        const uint32_t rebias = 112u << 23;  // from exponent bias 15 to 127
+        const uint32_t subnormal = bits_of(float(magnitude) * 0x1p-24f);
+        uint32_t bits = (uint32_t(magnitude) << 13) + rebias;
+        bits = magnitude >= 0x7c00 ? bits + rebias : bits;
+        bits = magnitude < 0x400 ? subnormal : bits;
+        return bit_cast<float>(bits | (uint32_t(h & 0x8000) << 16));
+    }
+
+    // Subnormal results round to nearest whatever the addend.
+    static inline uint16_t round(float x, uint32_t addend) {
+        const uint32_t bits = bits_of(x);
+        const int32_t magnitude = int32_t(bits & 0x7fffffffu);
+        // The spacing of floats in [0.5, 1) is that of fp16's subnormals.
+        const uint32_t subnormal = bits_of(bit_cast<float>(magnitude) + 0.5f) - bits_of(0.5f);
+        uint32_t half = (uint32_t(magnitude) + addend - (112u << 23)) >> 13;
+        half = magnitude < 0x38800000 ? subnormal : half;
+        half = magnitude >= 0x47800000 ? 0x7c00u : half;
+        half = magnitude > 0x7f800000 ? 0x7e00u | ((uint32_t(magnitude) >> 13) & 0x3ffu) : half;
+        return uint16_t(half | ((bits >> 16) & 0x8000u));
+    }
+};
+
+template <class F>
+static inline uint16_t round_nearest(float x) {
+    const uint32_t odd = (bits_of(x) >> F::kDropped) & 1;
+    return F::round(x, (1u << (F::kDropped - 1)) - 1 + odd);
+}
+
+// To nearest, halves to even, for 0 <= y < 2^22; SSE2 has no instruction for it.
+static inline int32_t nearest_integer(float y) { return int32_t(bits_of(y + 0x1p23f) - bits_of(0x1p23f)); }

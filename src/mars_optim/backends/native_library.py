@@ -1,0 +1,232 @@
+"""The native CPU kernels as a C library: finding it, and the memory layout of its arguments.
+
+`csrc/abi.h` is the other half of this file. Nothing here knows tensors: operands are addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from functools import cache
+from pathlib import Path
+
+# A writable buffer, or its address.
+Memory = int | bytearray | memoryview
+
+ABI_VERSION = 1
+Q8_BLOCK = 128  # elements that share one scale
+
+_NAME = "_native.dll" if sys.platform == "win32" else "_native.so"
+
+
+class NativeUnavailable(RuntimeError):  # noqa: N818 - a state of the installation, not a mistake
+    """The kernels cannot run here; the message names the cause and the remedy."""
+
+
+class Op(IntEnum):
+    """What a call does; `csrc/steps.h` and `csrc/norms.h` have the equations."""
+
+    PRODUCTS = 0
+    ADAMW = 1
+    LION = 2
+    MOMENTUM = 3
+    DESCEND = 4
+
+
+class Arithmetic(IntEnum):
+    """The type that everything is computed in."""
+
+    FLOAT = 0
+    DOUBLE = 1
+
+
+class Format(IntEnum):
+    """How an operand is stored. Q8: 8-bit codes with one fp32 scale to `Q8_BLOCK` elements."""
+
+    F32 = 0
+    F64 = 1
+    BF16 = 2
+    F16 = 3
+    Q8 = 4
+
+
+class Rounding(IntEnum):
+    """How 16-bit parameters are rounded. The last three keep what was lost in the companion buffer `extra`."""
+
+    NEAREST = 0
+    STOCHASTIC = 1
+    KAHAN = 2
+    REMAINDER16 = 3
+    REMAINDER8 = 4
+
+
+class Flag(IntFlag):
+    """Variants of a step."""
+
+    ONE_BUFFER = 1
+    AMSGRAD = 2
+    STOCHASTIC_M = 4
+    STOCHASTIC_V = 8
+
+
+class Isa(IntEnum):
+    """Levels of the instruction set. All give the same bits."""
+
+    BASELINE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+class Call(ctypes.Structure):
+    """What the tensors of one call have in common."""
+
+    _fields_ = (
+        ("op", ctypes.c_int32),
+        ("arithmetic", ctypes.c_int32),
+        ("x_format", ctypes.c_int32),
+        ("g_format", ctypes.c_int32),
+        ("prev_format", ctypes.c_int32),
+        ("m_format", ctypes.c_int32),
+        ("v_format", ctypes.c_int32),
+        ("out_format", ctypes.c_int32),
+        ("rounding", ctypes.c_int32),
+        ("flags", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("clip_norm", ctypes.c_double),
+    )
+
+
+# A tensor's record in order: the element count, addresses (0: absent), the random key, then doubles.
+RECORD_FIELDS = (
+    "n",
+    "x",
+    "extra",
+    "g",
+    "prev",
+    "prev_scale",
+    "next",
+    "next_scale",
+    "m",
+    "m_scale",
+    "v",
+    "v_scale",
+    "vmax",
+    "vmax_scale",
+    "out",
+    "key",
+    "a",
+    "b",
+    "we",
+    "wg",
+    "decay",
+    "step_size",
+    "inv_sqrt_bias2",
+)
+RECORD = struct.Struct("=q15Q7d")
+
+_MEANINGS = {
+    1: "the call's op, formats, rounding or sums do not go together",
+    2: "this CPU does not have that level of the instruction set",
+    3: "out of memory",
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded kernels at one level of the instruction set."""
+
+    handle: ctypes.CDLL
+    isa: Isa
+
+    def run(self, call: Call, records: Memory, count: int, sums: Memory | None = None) -> None:
+        """Work through `count` records, packed by `RECORD`; PRODUCTS writes three doubles a record to `sums`.
+
+        Blocks until done, without the GIL.
+
+        Raises:
+            RuntimeError: where the library refuses the call.
+        """
+        if count == 0:
+            return
+        status = self.handle.mars_run(
+            self.isa, ctypes.byref(call), _address(records), count, None if sums is None else _address(sums)
+        )
+        if status != 0:
+            raise RuntimeError(f"native kernels refused the call: {_MEANINGS[status]}; got {_describe(call)}")
+
+
+def run(call: Call, records: Memory, count: int, sums: Memory | None = None) -> None:
+    """Run on the library that `load` gives; see `Library.run`."""
+    load().run(call, records, count, sums)
+
+
+@cache
+def load(isa: Isa | None = None) -> Library:
+    """Return the library at the level `isa`, by default MARS_NATIVE_ISA (baseline, avx2, avx512) or the CPU's best.
+
+    Raises:
+        NativeUnavailable: the message names the cause and the remedy.
+    """
+    handle = _open(Path(__file__).with_name(_NAME))
+    levels = [level for level in Isa if handle.mars_isa_levels() >> level & 1]
+    wanted = isa if isa is not None else _forced_isa()
+    if wanted is None:
+        return Library(handle, levels[-1])
+    if wanted not in levels:
+        raise NativeUnavailable(
+            f"the native kernels have no level {wanted.name.lower()} on this CPU, which has "
+            f"{', '.join(level.name.lower() for level in levels)}; unset MARS_NATIVE_ISA"
+        )
+    return Library(handle, wanted)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        raise NativeUnavailable("the native kernels need a 64-bit Python; use a 64-bit build of it")
+    if not path.exists():
+        raise NativeUnavailable(
+            f"the native kernels were not built ({path.name} is missing); install a C++17 compiler and mars-optim again"
+        )
+    try:
+        handle = ctypes.CDLL(str(path))
+        version = int(handle.mars_abi_version())
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailable(f"{path.name} does not load ({error}); reinstall mars-optim on this machine") from error
+    if version != ABI_VERSION:
+        raise NativeUnavailable(
+            f"{path.name} has interface version {version}, this mars-optim needs {ABI_VERSION}; reinstall mars-optim"
+        )
+    handle.mars_run.argtypes = (
+        ctypes.c_int32,
+        ctypes.POINTER(Call),
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    )
+    return handle
+
+
+def _forced_isa() -> Isa | None:
+    name = os.environ.get("MARS_NATIVE_ISA", "")
+    if not name:
+        return None
+    names = [level.name.lower() for level in Isa]
+    if name not in names:
+        raise NativeUnavailable(f"MARS_NATIVE_ISA is {name!r}; it must be one of {', '.join(names)}, or unset")
+    return Isa(names.index(name))
+
+
+def _address(buffer: Memory) -> int:
+    return buffer if isinstance(buffer, int) else ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _describe(call: Call) -> str:
+    return ", ".join(f"{field[0]}={getattr(call, field[0])}" for field in Call._fields_)
