@@ -99,14 +99,23 @@ def copy_bandwidth(device: torch.device | str, num_bytes: int = 1 << 29) -> floa
     return 2 * num_bytes / (result["copy"].median / 1e3)
 
 
-def write(name: str, where: dict[str, Any], sections: Mapping[str, Sequence[Mapping[str, Any]]], notes: str = "") -> Path:
+def write(
+    name: str, where: dict[str, Any], sections: Mapping[str, Sequence[Mapping[str, Any]]], notes: str = ""
+) -> Path:
     """Write `results/<name>_<hardware>_<date>.json` and a table of the same name; return the table's path."""
     RESULTS.mkdir(exist_ok=True)
     hardware = "-".join("".join(c if c.isalnum() else " " for c in where["device"].lower()).split()[:3])
     path = RESULTS / f"{name}_{hardware}_{where['date']}.md"
     plain = {title: [_plain(row) for row in rows] for title, rows in sections.items()}
     path.with_suffix(".json").write_text(json.dumps({"where": where, "sections": plain}, indent=1) + "\n")
-    text = [f"# {name}, {where['date']}", "", ", ".join(f"{key} {value}" for key, value in where.items()), "", notes, ""]
+    text = [
+        f"# {name}, {where['date']}",
+        "",
+        ", ".join(f"{key} {value}" for key, value in where.items()),
+        "",
+        notes,
+        "",
+    ]
     for title, rows in sections.items():
         columns = list(dict.fromkeys(column for row in rows for column in row))
         text += [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]

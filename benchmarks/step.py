@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import cell, copy_bandwidth, interleaved, surroundings, synchronize, write
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mars_lab.training.allocator import keep_freed_memory
 from mars_optim import MARS
-from measuring import cell, copy_bandwidth, interleaved, surroundings, synchronize, write
 
 GPT2 = {"gpt2-small": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
 VOCABULARY, CONTEXT = 50257, 1024
@@ -84,7 +84,7 @@ def adamw(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
 def rows(device: str) -> dict[str, Row]:
     low = {"exp_avg": "bf16", "exp_avg_sq": "bf16", "prev_grad": "bf16"}
     half = {"dtype": torch.bfloat16}
-    table = {
+    return {
         "torch AdamW, single": Row(adamw(foreach=False), bytes_moved=28, slow=True),
         "torch AdamW, foreach": Row(adamw(foreach=True), bytes_moved=28, slow=True),
         "mars-adamw": Row(mars(), bytes_moved=32),
@@ -110,16 +110,15 @@ def rows(device: str) -> dict[str, Row]:
         "mars-lion, reference": Row(mars("lion", foreach=False), slow=True),
         **_peers(device),
     }
-    return table
 
 
 def _peers(device: str) -> dict[str, Row]:
     """Other people's optimizers, where they are installed."""
     peers: dict[str, Row] = {}
     try:
-        from pytorch_optimizer import MARS as Peer  # type: ignore[import-not-found]
+        import pytorch_optimizer  # type: ignore[import-not-found]
 
-        peers["pytorch_optimizer MARS"] = Row(lambda parameters: Peer(parameters, lr=1e-4), slow=True)
+        peers["pytorch_optimizer MARS"] = Row(lambda parameters: pytorch_optimizer.MARS(parameters, lr=1e-4), slow=True)
     except ImportError:
         print("pytorch_optimizer is not installed: its row is left out")
     if device == "cuda":

@@ -123,7 +123,17 @@ class Operand:
 
 
 PLAIN = Flag(0)
-DEFAULTS = {"key": 0, "a": 1.0, "b": 0.0, "we": 1.0, "wg": 0.0, "decay": 1.0, "step_size": 0.0, "inv_sqrt_bias2": 1.0}
+DEFAULTS = {
+    "key": 0,
+    "a": 1.0,
+    "b": 0.0,
+    "ratio": 1.0,
+    "we": 1.0,
+    "wg": 0.0,
+    "decay": 1.0,
+    "step_size": 0.0,
+    "inv_sqrt_bias2": 1.0,
+}
 
 
 def run(
@@ -175,7 +185,7 @@ def step(op: Op, t: dict[str, np.ndarray], *, flags=PLAIN, beta1=0.9, beta2=0.99
     g = new["g"]
     c = w["a"] * g
     if "prev" in t and w["b"] != 0:
-        c = c + w["b"] * (g - new["prev"])
+        c = c + w["b"] * (w["ratio"] * g - new["prev"])
     if clip_norm > 0:
         norm = np.sqrt((c * c).sum())
         c = c * (1.0 if norm <= clip_norm else clip_norm / norm)

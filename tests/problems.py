@@ -15,7 +15,7 @@ from oracle import Oracle, real
 TYPES = ("adamw", "lion", "shampoo", "m")
 ELEMENTWISE = ("adamw", "lion")
 POLAR = ("shampoo", "m")
-BACKENDS: dict[str, dict[str, bool]] = {
+BACKENDS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
     "foreach": {"foreach": True},
     "native": {"fused": True},

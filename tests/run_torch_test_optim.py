@@ -97,12 +97,12 @@ def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         {"mars_type": "sgd"},
         {"first_step": "sometimes"},
         {"clip_norm": -1.0},
-        {"fused": True},
+        {"fused": "x"},
     ]
     errors = [
         ErrorOptimizerInput(
             OptimizerInput(params=None, kwargs=kwargs, desc=f"bad {name}"),  # type: ignore[arg-type]
-            error_type=(RuntimeError if name == "fused" else ValueError),  # type: ignore[arg-type]
+            error_type=ValueError,  # type: ignore[arg-type]
             error_regex=name,
         )
         for kwargs in bad
@@ -150,7 +150,7 @@ def mars_optimizer_infos() -> list[OptimizerInfo]:
     test_trajectories: PyTorch's closures there count their calls.
     """
     approx: dict[str, Any] = {
-        "supported_impls": ("foreach", "differentiable"),
+        "supported_impls": ("foreach", "fused", "differentiable"),
         "optim_error_inputs_func": error_inputs,
         "skips": NOT_FOR_MARS,
     }

@@ -111,7 +111,7 @@ def sixteen_bits(seed: int, like: Tensor, *, upper: bool = False) -> Tensor:
 @pytest.mark.parametrize("upper", [False, True])
 @pytest.mark.parametrize(("name", "precision"), [("exp_avg", "bf16"), ("exp_avg", "8bit"), ("exp_avg_sq", "8bit")])
 def test_stochastic_rounding_keeps_the_expectation(name: str, precision: str, upper: bool) -> None:
-    """The mean of n roundings is off by less than 5 standard errors; one rounding's deviation is at most a spacing/2."""
+    """The mean of n roundings is off by less than 5 standard errors; they are measured beside it."""
     values = torch.linspace(0.05, 1.0, 128)
     n = 2000
     total = torch.zeros(128, dtype=torch.float64)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mars_optim import MARS
+from mars_optim.ownership import read_only_address
 from mars_optim.state import decode, decode_weight
 from oracle import Oracle, real
 from problems import BACKENDS, TYPES, MinibatchQuadratic, assert_close, make_parameters
@@ -83,9 +84,7 @@ def test_reduced_precision_follows_full_precision(
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "remainder8", "remainder16"])
 @pytest.mark.parametrize("mars_type", ["adamw", "lion"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_backends_agree_on_reduced_precision(
-    precision: str, rounding: str, mars_type: str, dtype: torch.dtype
-) -> None:
+def test_backends_agree_on_reduced_precision(precision: str, rounding: str, mars_type: str, dtype: torch.dtype) -> None:
     """Rounding takes the same random bits everywhere; only where fp32 results straddle a decision may they part."""
     states: list[list[dict[str, Any]]] = []
     for options in BACKENDS.values():
@@ -188,7 +187,9 @@ def test_small_updates_are_not_lost(backend: str, rounding: str, dtype: torch.dt
     """Steps of 1/20 of a spacing: rounding to nearest would stand still; these arrive, on average or exactly."""
     p = nn.Parameter(torch.ones(40, 50, dtype=dtype))
     spacing = torch.finfo(dtype).eps
-    optimizer = MARS([p], lr=spacing / 20, mars_type="lion", param_rounding=rounding, clip_norm=None, **BACKENDS[backend])
+    optimizer = MARS(
+        [p], lr=spacing / 20, mars_type="lion", param_rounding=rounding, clip_norm=None, **BACKENDS[backend]
+    )
     for _ in range(100):
         p.grad = -torch.ones_like(p)
         optimizer.step()
@@ -303,7 +304,7 @@ def test_a_two_buffer_checkpoint_continues_in_one(backend: str, mars_type: str) 
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
-    return torch._C._data_address(a) == torch._C._data_address(b)
+    return read_only_address(a) == read_only_address(b)
 
 
 def train(zero: Callable[[MARS], Any], *, donate: bool | None, steps: int = 6, **options: Any) -> tuple[Tensor, bool]:
@@ -317,10 +318,10 @@ def train(zero: Callable[[MARS], Any], *, donate: bool | None, steps: int = 6, *
         model(x[t]).square().mean().backward()
         grad = model.weight.grad
         assert grad is not None
-        address = torch._C._data_address(grad)
+        address = read_only_address(grad)
         del grad
         optimizer.step()
-        shared = torch._C._data_address(optimizer.state[model.weight]["prev_grad"]) == address
+        shared = read_only_address(optimizer.state[model.weight]["prev_grad"]) == address
         zero(optimizer)
     return model.weight.detach().clone(), shared
 
@@ -350,7 +351,7 @@ def test_memory_that_others_hold_is_copied(backend: str) -> None:
         lambda g: g.numpy(),
         lambda g: g.detach(),
         lambda g: g[1:],
-        lambda g: torch.utils.dlpack.to_dlpack(g),
+        lambda g: g.__dlpack__(),
     ):
         p = nn.Parameter(torch.ones(4, 4))
         optimizer = MARS([p], **BACKENDS[backend])
@@ -497,7 +498,7 @@ def test_offloaded_state_takes_the_same_steps(
         optimizer = MARS(parameters, mars_type=mars_type, **BACKENDS[backend], **more)
         for t in range(5):
 
-            def closure(t: int = t) -> Tensor:
+            def closure(t: int = t, parameters: list[nn.Parameter] = parameters) -> Tensor:
                 generator = torch.Generator().manual_seed(t)
                 for p in parameters:
                     p.grad = torch.randn(p.shape, generator=generator) * 0.01 + 0.02 * p.detach()
@@ -508,5 +509,3 @@ def test_offloaded_state_takes_the_same_steps(
     for p, q in zip(*results, strict=True):
         assert math.isfinite(float(real(p).sum()))
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
-
-

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from .state import is_q8, key_of, real, salt
 _Place = tuple[Member, float | Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def make_batches(
-    members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None = None
-) -> list[Batch]:
+def make_batches(members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None = None) -> list[Batch]:
     """Advance the step counts of a group's members and sort their tensors into batches.
 
     Tensors whose step is their first have batches of their own, without previous gradients. Under `capturable` the
@@ -43,16 +41,16 @@ def make_batches(
     return [_batch(places, group, kind[0], scaling) for kind, places in by_kind.items()]
 
 
-def _advance(
-    members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None
-) -> Sequence[float | Tensor]:
+def _advance(members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None) -> Sequence[float | Tensor]:
     """Count this step; return the counts as numbers, or as tensors where the host must not know them."""
     counts: list[Tensor] = [member.state["step"] for member in members]
     if scaling is None:
         torch._foreach_add_(counts, 1.0)
     else:
         torch._foreach_add_(counts, 1.0 - scaling.found_inf.reshape(()))
-    return counts if group["capturable"] else torch.stack(counts).tolist()
+    if group["capturable"]:
+        return counts
+    return cast(list[float], torch.stack(counts).tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def _batch(

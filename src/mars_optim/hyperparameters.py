@@ -175,7 +175,9 @@ def check(group: dict[str, Any]) -> None:
     polar_method(group)
     _check_precision(group["state_precision"])
     if group["offload_state"] and (group["capturable"] or group["differentiable"]):
-        raise ValueError("offload_state=True moves state outside of the step; use it without capturable, differentiable")
+        raise ValueError(
+            "offload_state=True moves state outside of the step; use capturable=False and differentiable=False"
+        )
     if group["param_rounding"] not in ROUNDINGS:
         raise ValueError(f"param_rounding must be one of {', '.join(ROUNDINGS)}; got {group['param_rounding']!r}")
     if group["fused"] and group["foreach"]:

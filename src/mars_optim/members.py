@@ -24,7 +24,6 @@ from .state import (
     precision_of,
 )
 
-
 # For each parameter, what its state was last completed for.
 Completed = dict[Tensor, tuple[Any, ...]]
 

@@ -44,7 +44,9 @@ def chunked(batch: Batch, size: int = CHUNK_BYTES) -> list[Batch]:
 
 
 def _slice(batch: Batch, start: int, stop: int) -> Batch:
-    lists = {f.name: getattr(batch, f.name)[start:stop] for f in fields(batch) if isinstance(getattr(batch, f.name), list)}
+    lists = {
+        f.name: getattr(batch, f.name)[start:stop] for f in fields(batch) if isinstance(getattr(batch, f.name), list)
+    }
     return replace(batch, **lists, state={name: tensors[start:stop] for name, tensors in batch.state.items()})
 
 

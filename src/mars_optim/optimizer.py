@@ -17,8 +17,8 @@ from .batching import make_batches
 from .exact import PreviousGradients, all_finite, replayed_randomness, rewound, take_gradients
 from .hyperparameters import Gamma, check, check_matrices
 from .members import Completed, Member, members_of, names_of
-from .polar import MatrixView
 from .offload import Lane, place
+from .polar import MatrixView
 from .state import check_shapes, keep_params, restore, shield
 from .update import update_
 
@@ -87,9 +87,6 @@ class MARS(Optimizer):
     authors' code has both, and so does this.
     """
 
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
@@ -151,6 +148,7 @@ class MARS(Optimizer):
         try:
             check(group)
             check_matrices(group, names_of(group))
+            backends.select(group)  # an explicit choice that cannot run says so now
         except Exception:
             self.param_groups.pop()
             raise
@@ -200,8 +198,9 @@ class MARS(Optimizer):
     def _update(self, members: Sequence[list[Member]]) -> None:
         """Algorithm 1 from the gradients on, for some members of each group."""
         scaling = None
-        if getattr(self, "found_inf", None) is not None:  # set by a grad scaler that leaves unscaling to us
-            scaling = LossScaling(self.grad_scale, self.found_inf)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None:  # set by a grad scaler that leaves unscaling to us
+            scaling = LossScaling(getattr(self, "grad_scale", None), found_inf)
         resident: list[tuple[Batch, backends.Backend]] = []
         offloaded: list[tuple[Batch, backends.Backend]] = []
         for group, of_group in zip(self.param_groups, members, strict=True):
@@ -231,7 +230,7 @@ class MARS(Optimizer):
             if any(group[name] is forbidden for group in self.param_groups):
                 raise RuntimeError(f"step_in_backward() with {name}={forbidden}: construct with {name}={not forbidden}")
         if any(group["max_grad_norm"] is not None for group in self.param_groups):
-            raise RuntimeError("step_in_backward() never sees all gradients together; construct with max_grad_norm=None")
+            raise RuntimeError("step_in_backward() sees one gradient at a time; construct with max_grad_norm=None")
         places = {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
         stepped: set[int] = set()
 

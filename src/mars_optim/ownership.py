@@ -1,5 +1,7 @@
 """Whether a gradient's memory may become the previous gradient without a copy."""
-# pyright: reportPrivateUsage=false
+# These parts of torch are not typed.
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -29,3 +31,8 @@ def keep(grad: Tensor) -> Tensor | None:
         return torch._lazy_clone(grad)
     except RuntimeError:  # memory of another allocator: shared, pinned, numpy's
         return None
+
+
+def read_only_address(tensor: Tensor) -> int:
+    """Return where the elements start, for reading only: `data_ptr()` would end copy-on-write, by copying."""
+    return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.itemsize

@@ -10,7 +10,16 @@ from mars_optim.batch import Batch, Scalar, Weight
 
 from .reference import gradient_products
 
-__all__ = ["adamw_", "descend_", "gradient_products", "lion_", "measures_clip", "momentum_", "reads_storage", "unscales"]
+__all__ = [
+    "adamw_",
+    "descend_",
+    "gradient_products",
+    "lion_",
+    "measures_clip",
+    "momentum_",
+    "reads_storage",
+    "unscales",
+]
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 reads_storage = False

@@ -1,16 +1,17 @@
 """The step by the native CPU kernels: one call a batch, everything read and written as stored."""
-# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mars_optim.batch import Batch, Weight
+from mars_optim.ownership import read_only_address
 from mars_optim.state import is_q8
 
 from .native_library import RECORD, Arithmetic, Call, Flag, Format, Op, Rounding, load, run
@@ -79,7 +80,7 @@ class _Operands:
     def addresses(self, tensors: list[Tensor] | None, *, writes: bool = False) -> list[int]:
         if tensors is None:
             return [0] * len(self.layouts)
-        address = Tensor.data_ptr if writes else _read_only_address
+        address = Tensor.data_ptr if writes else read_only_address
         return [address(self._laid_out(t, i, writes)) for i, t in enumerate(tensors)]
 
     def _laid_out(self, tensor: Tensor, i: int, writes: bool) -> Tensor:
@@ -94,11 +95,6 @@ class _Operands:
         for tensor, copy in self.copies:
             if tensor is not copy:
                 tensor.copy_(copy)
-
-
-def _read_only_address(tensor: Tensor) -> int:
-    """The address for reading only: asking for `data_ptr()` would end copy-on-write, by copying."""
-    return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.itemsize
 
 
 def _run(
@@ -187,17 +183,16 @@ def _arithmetic(batch: Batch) -> torch.dtype:
 def _weights(batch: Batch, op: Op) -> list[list[float]]:
     """The records' a, b, ratio, we and wg; clipping is in them unless the kernel finds it."""
     if op in (Op.PRODUCTS, Op.DESCEND):
-        return [[0.0] * len(batch.params)] * 4
+        return [[0.0] * len(batch.params)] * 5
     clip: Weight = 1.0 if batch.clip is None else batch.clip
     average_weight, grad_weight = batch.momentum_weights
-    a = batch.grad_weight + batch.difference_weight * (batch.ratio - 1)
-    weights = (a * clip, batch.difference_weight * clip, average_weight, grad_weight)
+    weights = (batch.grad_weight * clip, batch.difference_weight * clip, batch.ratio, average_weight, grad_weight)
     return [_each(weight, len(batch.params)) for weight in weights]
 
 
 def _each(weight: Weight, count: int) -> list[float]:
     if isinstance(weight, Tensor) and weight.ndim:
-        return weight.tolist()
+        return cast(list[float], weight.tolist())  # pyright: ignore[reportUnknownMemberType]
     return [float(weight)] * count
 
 

@@ -124,13 +124,14 @@ RECORD_FIELDS = (
     "key",
     "a",
     "b",
+    "ratio",
     "we",
     "wg",
     "decay",
     "step_size",
     "inv_sqrt_bias2",
 )
-RECORD = struct.Struct("=q15Q7d")
+RECORD = struct.Struct("=q15Q8d")
 
 _MEANINGS = {
     1: "the call's op, formats, rounding or sums do not go together",

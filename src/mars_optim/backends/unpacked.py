@@ -55,7 +55,9 @@ def pack_(batch: Batch) -> None:
                 bits = random_bits(packed.keys[i] ^ 0x5BD1E995, packed.params[i])
             encode_weight_(packed.params[i], rest, batch.params[i], bits)
         if packed.next_grads is not None:
-            encode_(packed.next_grads[i], _entry(packed, "prev_grad_scale", i), packed.grads[i].to(batch.grads[i].dtype))
+            encode_(
+                packed.next_grads[i], _entry(packed, "prev_grad_scale", i), packed.grads[i].to(batch.grads[i].dtype)
+            )
 
 
 def _weight(batch: Batch, i: int, param: Tensor) -> Tensor:

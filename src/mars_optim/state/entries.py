@@ -77,7 +77,7 @@ def complete_remainder(state: dict[str, Any], param: Tensor, rounding: str) -> N
 
 
 def choose_form(state: dict[str, Any], param: Tensor, *, one_buffer: bool, gamma: float) -> None:
-    """Turn m_t and g_{t-1} into e_t where the one-buffer form applies from now on, or e_t into m_t where it no longer does.
+    """Turn m_t and g_{t-1} into e_t where one buffer suffices from now on, or e_t into m_t where it no longer does.
 
     m_t = (1-gamma) e_t + gamma g_t. Without g_t, e_t itself has to stand for m_t, and there is no previous gradient.
     """
@@ -160,8 +160,8 @@ def restore(
         else:
             restored[name] = tensor.to(param.device, param.dtype if name == "prev_param" else tensor.dtype)
     for name in list(restored):
-        if isinstance(state[name], Shielded) and name not in (*_SCALARS, _COEFFICIENT, "prev_param", "param_remainder"):
-            if not name.endswith("_scale"):
-                complete(restored, param, name, formats.precision_of(state_precision, name))
+        is_moment = name not in (*_SCALARS, _COEFFICIENT, "prev_param", "param_remainder")
+        if isinstance(state[name], Shielded) and is_moment and not name.endswith("_scale"):
+            complete(restored, param, name, formats.precision_of(state_precision, name))
     complete_remainder(restored, param, rounding)
     return restored

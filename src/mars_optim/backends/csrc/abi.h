@@ -37,7 +37,7 @@ struct Call {
     double clip_norm;  // <= 0: no clipping by the norm of c
 };
 
-// One tensor: 23 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone.
+// One tensor: 24 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone.
 struct Record {
     int64_t n;
     void* x;
@@ -55,15 +55,16 @@ struct Record {
     float* vmax_scale;
     void* out;
     uint64_t key;  // of the random bits; the low half counts
-    double a;      // c = a g + b (g - g')
+    double a;  // c = a g + b (ratio g - g')
     double b;
+    double ratio;
     double we;  // one buffer: m = we e + wg g
     double wg;
     double decay;  // x <- decay x - step_size * direction
     double step_size;
     double inv_sqrt_bias2;
 };
-static_assert(sizeof(Call) == 80 && sizeof(Record) == 23 * 8, "native_library.py packs these by hand");
+static_assert(sizeof(Call) == 80 && sizeof(Record) == 24 * 8, "native_library.py packs these by hand");
 
 // What each level of the instruction set provides: the same functions over a range of one tensor's elements that starts
 // at a multiple of kQ8Block. `measure` adds nothing up across calls: it overwrites sums[0..2].

@@ -1,44 +1,45 @@
-// Sums of squares and products: short runs in the arithmetic's type, then double. Included once a level, inside its
-// namespace.
+// Sums of squares and products, in double: neither do squares of large numbers overflow, nor is anything lost that the
+// weights s and kappa could magnify. Included once a level, inside its namespace.
 
 // Lane j sums every kLanes-th element of a block from j on, so that lanes are vectors.
 constexpr int kLanes = 32;
 constexpr int kRun = kBlock / kLanes;
 
 template <bool kPrev, class T, class P>
-static void add_squares(const T* __restrict g, const P* __restrict prev, T a, T b, double* __restrict cc) {
+static void add_squares(const T* __restrict g, const P* __restrict prev, T a, T b, T ratio, double* __restrict cc) {
     for (int j = 0; j < kLanes; ++j) {
-        T sum = 0;
+        double sum = 0;
         for (int k = 0; k < kRun; ++k) {
-            const T c = corrected<kPrev>(g, prev, j + k * kLanes, a, b);
+            const double c = double(corrected<kPrev>(g, prev, j + k * kLanes, a, b, ratio));
             sum += c * c;
         }
-        cc[j] += double(sum);
+        cc[j] += sum;
     }
 }
 
-// gg, gd and dd, kLanes of each.
+// g.g, g.g' and g'.g', kLanes of each.
 template <class T, class P>
 static void add_products(const T* __restrict g, const P* __restrict prev, double* __restrict sums) {
     for (int j = 0; j < kLanes; ++j) {
-        T gg = 0, gd = 0, dd = 0;
+        double gg = 0, go = 0, oo = 0;
         for (int k = 0; k < kRun; ++k) {
-            const T gi = g[j + k * kLanes], d = gi - get<T>(prev, j + k * kLanes);
+            const double gi = double(g[j + k * kLanes]), other = double(get<T>(prev, j + k * kLanes));
             gg += gi * gi;
-            gd += gi * d;
-            dd += d * d;
+            go += gi * other;
+            oo += other * other;
         }
-        sums[j] += double(gg);
-        sums[j + kLanes] += double(gd);
-        sums[j + 2 * kLanes] += double(dd);
+        sums[j] += gg;
+        sums[j + kLanes] += go;
+        sums[j + 2 * kLanes] += oo;
     }
 }
 
 template <class T, class P>
-static void add_block(bool products, T a, T b, const T* g, const P* prev, double* lanes) {
+static void add_block(bool products, const Record& r, const T* g, const P* prev, double* lanes) {
+    const T a = products ? T(1) : T(r.a), b = T(r.b), ratio = T(r.ratio);
     if (products && prev) add_products(g, prev, lanes);
-    else if (prev) add_squares<true>(g, prev, a, b, lanes);
-    else add_squares<false>(g, prev, products ? T(1) : a, b, lanes);
+    else if (prev) add_squares<true>(g, prev, a, b, ratio, lanes);
+    else add_squares<false>(g, prev, a, b, ratio, lanes);
 }
 
 // What is left over of a block: zeros, which add nothing.
@@ -50,7 +51,7 @@ static const T* padded(const T* elements, int n, T* buffer) {
     return buffer;
 }
 
-// (g.g, g.d, d.d) for kProducts, else (c.c, 0, 0).
+// (g.g, g.g', g'.g') for kProducts, else (c.c, 0, 0).
 template <class T>
 static void measure(const Call& call, const Record& r, int64_t start, int64_t count, double* sums) {
     const Operands o(call, r);
@@ -66,11 +67,11 @@ static void measure(const Call& call, const Record& r, int64_t start, int64_t co
         }
         const T* g = padded(view(o.g, start + i, n, g_buffer), n, g_buffer);
         if (n == kBlock && has_prev && o.prev.data && o.prev.format == kBF16) {
-            add_block(products, T(r.a), T(r.b), g, at<const uint16_t>(o.prev, start + i), lanes);
+            add_block(products, r, g, at<const uint16_t>(o.prev, start + i), lanes);
             continue;
         }
         T* seen = has_prev ? view(o.prev, start + i, n, prev_buffer) : nullptr;
-        add_block(products, T(r.a), T(r.b), g, padded<T>(seen, n, prev_buffer), lanes);
+        add_block(products, r, g, padded<T>(seen, n, prev_buffer), lanes);
     }
     for (int k = 0; k < 3; ++k) {
         sums[k] = 0;

@@ -3,10 +3,10 @@
 // A call's and a record's numbers in the arithmetic's type.
 template <class T>
 struct Weights {
-    T a, b, clip, beta1, rest1, beta2, rest2, eps, we, wg, decay, step_size, inv_sqrt_bias2;
+    T a, b, ratio, clip, beta1, rest1, beta2, rest2, eps, we, wg, decay, step_size, inv_sqrt_bias2;
 
     Weights(const Call& call, const Record& r, double clip_factor)
-        : a(T(r.a)), b(T(r.b)), clip(T(clip_factor)), beta1(T(call.beta1)), rest1(T(1 - call.beta1)),
+        : a(T(r.a)), b(T(r.b)), ratio(T(r.ratio)), clip(T(clip_factor)), beta1(T(call.beta1)), rest1(T(1 - call.beta1)),
           beta2(T(call.beta2)), rest2(T(1 - call.beta2)), eps(T(call.eps)), we(T(r.we)), wg(T(r.wg)),
           decay(T(r.decay)), step_size(T(r.step_size)), inv_sqrt_bias2(T(r.inv_sqrt_bias2)) {}
 };
@@ -31,7 +31,7 @@ static void adamw(int n, const Weights<T>& w, const T* __restrict g, P* __restri
                   S* __restrict v, T* __restrict vmax, T* __restrict x, uint32_t start = 0, uint32_t key = 0) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b);
+        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b, k.ratio);
         const T mi = k.beta1 * get<T>(m, i) + k.rest1 * c;
         const T vi = k.beta2 * get<T>(v, i) + k.rest2 * (c * c);
         const T top = kMax ? larger(vmax[i], vi) : vi;
@@ -49,7 +49,7 @@ static void lion(int n, const Weights<T>& w, const T* __restrict g, const T* __r
                  T* __restrict x) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b);
+        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b, k.ratio);
         const T mi = k.beta1 * m[i] + k.rest1 * c;
         m[i] = mi;
         x[i] = k.decay * x[i] - k.step_size * sign(kOne ? k.we * mi + k.wg * g[i] : mi);
@@ -61,7 +61,7 @@ static void momentum(int n, const Weights<T>& w, const T* __restrict g, const T*
                      T* __restrict out) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b);
+        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b, k.ratio);
         const T mi = k.beta1 * m[i] + k.rest1 * c;
         m[i] = mi;
         out[i] = kOne ? k.we * mi + k.wg * g[i] : mi;
