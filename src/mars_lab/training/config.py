@@ -42,10 +42,19 @@ class OptimizerConfig:
     """MARS: limit on the norm of each corrected gradient; None switches it off."""
     max_grad_norm: float | None = 1.0
     """Limit on the norm of the whole gradient; None switches it off."""
+    state_precision: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """MARS: how moments and previous gradient are stored."""
+    param_rounding: Literal["nearest", "stochastic", "kahan", "remainder8", "remainder16"] = "remainder16"
+    """MARS: how bf16 weights (train.precision=bf16-params) are rounded, and what is kept of the rest."""
 
     def __post_init__(self) -> None:
         if self.mode == "exact" and not self.name.startswith("mars-"):
             raise InputError(f"optimizer.mode=exact is for the MARS types, not for {self.name!r}")
+        stores_otherwise = self.state_precision != "fp32" or self.param_rounding != "remainder16"
+        if stores_otherwise and not self.name.startswith("mars-"):
+            raise InputError(
+                f"optimizer.state_precision and optimizer.param_rounding are for the MARS types, not for {self.name!r}"
+            )
         shared = ("lr", "lr_1d", "betas", "betas_1d", "weight_decay", "weight_decay_1d", "gamma", "clip_norm")
         try:  # MARS knows the ranges, and the other optimizers' are the same
             MARS([torch.zeros(1)], **{name: getattr(self, name) for name in (*shared, "max_grad_norm")})
@@ -68,8 +77,9 @@ class TrainConfig:
     """Share of the steps in which the learning rate rises to its peak."""
     final_lr_ratio: float = 0.1
     """Learning rate at the end, as a multiple of the peak (cosine and wsd)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 runs the model under autocast. auto: bf16 where the hardware multiplies it, otherwise fp32."""
+    precision: Literal["auto", "fp32", "bf16", "bf16-params"] = "auto"
+    """bf16 runs the model under autocast, bf16-params also stores its weights so. auto: bf16 where the hardware
+    multiplies it, otherwise fp32."""
     compile: bool = False
     """Compile the model; pays off in long runs only."""
     device: str = "auto"

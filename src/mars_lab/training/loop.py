@@ -67,7 +67,8 @@ class Run:
         random.seed(config.train.seed)
         np.random.seed(config.train.seed)
         torch.manual_seed(config.train.seed)
-        self.model: nn.Module = task.build_model().to(config.train.device)
+        dtype = torch.bfloat16 if config.train.precision == "bf16-params" else None
+        self.model: nn.Module = task.build_model().to(config.train.device, dtype)
         self.stepper = optimizers.build(self.model, config.optimizer, config.train)
         self.step = 0
         self.seconds = 0.0
@@ -154,7 +155,7 @@ class Run:
 
     def _autocast(self) -> torch.autocast:
         device_type = torch.device(self.config.device).type
-        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision != "fp32")
 
     def _load(self, state: dict[str, Any]) -> None:
         if state["data"] != self.task.fingerprint:

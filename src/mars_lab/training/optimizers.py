@@ -104,7 +104,7 @@ def build(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Step
         weight_decay_1d=config.weight_decay_1d,
         gamma=config.gamma,
         clip_norm=config.clip_norm,
-        polar_dtype=torch.bfloat16 if train.precision == "bf16" else None,
+        polar_dtype=torch.bfloat16 if train.precision != "fp32" else None,
     )
     mars = MARS(
         groups,
@@ -112,6 +112,8 @@ def build(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Step
         mars_type=mars_type,
         is_approx=config.mode == "approx",
         max_grad_norm=config.max_grad_norm,
+        state_precision=config.state_precision,
+        param_rounding=config.param_rounding,
     )
     return Stepper([mars], str(groups.audit), config, train)
 
