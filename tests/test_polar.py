@@ -16,7 +16,7 @@ from mars_optim.polar.coefficients import COEFFICIENTS
 SHAPES = [(5, 5), (3, 8), (8, 3), (1, 6), (6, 1), (1, 1), (4, 3, 7), (2, 3, 5, 4)]
 
 # Newton-Schulz output for singular values in [3e-3, 1] of the Frobenius norm. The polynomials alone give the published
-# bands (rounded outwards in the third digit); the safety factor moves Polar Express at five steps, [0.994, 1.006], a little.
+# bands (rounded outwards in the third digit); safety moves five Polar Express steps, [0.994, 1.006], a little.
 BANDS = {
     ("jordan", 5): (0.681, 1.203),
     ("you", 5): (0.977, 1.146),

@@ -108,8 +108,8 @@ def polar_factors(matrices: Sequence[Tensor], how: PolarMethod) -> list[Tensor]:
         factor = _newton_schulz(batch, how) if how.method == "newton-schulz" else _by_factorisation(batch, how)
         for i, part in zip(indices, factor.split([len(s) for s in stacks]), strict=True):
             m = matrices[i]
-            oriented = part.mT if _is_tall(m) else part
-            results[i] = oriented.to(m.dtype, memory_format=torch.contiguous_format).reshape(m.shape)
+            oriented = part.mT.contiguous() if _is_tall(m) else part
+            results[i] = oriented.to(m.dtype).reshape(m.shape)
     return [r for r in results if r is not None]
 
 
