@@ -25,24 +25,25 @@ _GRAM_FROM = 256  # rows
 FORMS = ("auto", "standard", "gram")
 
 
-def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto") -> Tensor:
+def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto", *, transposed: bool = False) -> Tensor:
     """Apply one odd polynomial a x + b x^3 + c x^5 after the other to the singular values of `x`.
 
     Args:
         x: shape (rows, columns) or (count, rows, columns), rows <= columns, each of Frobenius norm at most 1.
         polynomials: one triple (a, b, c) an iteration.
         form: `"standard"`, `"gram"`, or `"auto"`: the one with fewer multiplications.
+        transposed: return the transpose, stored row by row (the last product makes it so at no cost).
     """
     if form == "auto":
         form = cheaper_form(x.shape[-2], x.shape[-1], len(polynomials))
-    if form == "standard":
-        for triple in polynomials:
-            x = _standard_step(x, triple)
-        return x
     start = 0
-    for length in segments(len(polynomials)):
-        x = _gram_segment(x, polynomials[start : start + length], is_first=start == 0)
+    for length in [1] * len(polynomials) if form == "standard" else segments(len(polynomials)):
+        steps = polynomials[start : start + length]
+        scalar, rest = _polynomial_of_gram(x, steps, keep_multiple_of_identity=start == 0 or form == "standard")
         start += length
+        if transposed and start == len(polynomials):
+            return product(x.mT, rest, x.mT, beta=scalar)
+        x = product(rest, x, x, beta=scalar)
     return x
 
 
@@ -68,17 +69,10 @@ def cheaper_form(rows: int, columns: int, steps: int) -> str:
     return "gram" if gram < steps * (3 * aspect + 1) else "standard"
 
 
-def _standard_step(x: Tensor, triple: Triple) -> Tensor:
-    a, b, c = triple
-    gram = symmetric_product(x, x.mT)
-    polynomial = symmetric_product(gram, gram, gram, beta=b, alpha=c)
-    if _is_transposed(x):
-        return product(x.mT, polynomial, x.mT, beta=a).mT
-    return product(polynomial, x, x, beta=a)
-
-
-def _gram_segment(x: Tensor, polynomials: Sequence[Triple], *, is_first: bool) -> Tensor:
-    """Return Q x after the given steps, Q = scalar * I + rest."""
+def _polynomial_of_gram(
+    x: Tensor, polynomials: Sequence[Triple], *, keep_multiple_of_identity: bool
+) -> tuple[float, Tensor]:
+    """Return (scalar, rest) with Q = scalar * I + rest, the matrix that takes the given steps: X_t = Q X."""
     r = symmetric_product(x, x.mT)
     y, scalar, rest = r, 0.0, None
     for i, (a, b, c) in enumerate(polynomials):
@@ -86,28 +80,21 @@ def _gram_segment(x: Tensor, polynomials: Sequence[Triple], *, is_first: bool) -
         is_last = i == len(polynomials) - 1
         # Y_2, Q_2, ... are symmetric only as far as P_0 and P_1 commute. Making them so would spread the rounding of
         # one factor, 30 times larger, over the other; R and G are symmetric by construction.
-        multiply = product if is_first else symmetric_product
+        multiply = product if keep_multiple_of_identity else symmetric_product
         if not is_last:
             y = (symmetric_product if i == 0 else multiply)(y, g, y, beta=a)
         if rest is None:
-            scalar, rest = (a, g) if is_first else (0.0, _plus_diagonal(g, a))
+            scalar, rest = (a, g) if keep_multiple_of_identity else (0.0, _plus_diagonal(g, a))
         else:
             rest = multiply(g, rest, torch.add(rest, g, alpha=scalar / a) if scalar else rest, beta=a)
             scalar *= a
         if not is_last:
             r = symmetric_product(rest, y, y, beta=scalar)
     assert rest is not None
-    if _is_transposed(x):
-        return product(x.mT, rest, x.mT, beta=scalar).mT
-    return product(rest, x, x, beta=scalar)
+    return scalar, rest
 
 
 def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
     result = matrix.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(value)
     return result
-
-
-def _is_transposed(x: Tensor) -> bool:
-    """Whether `x` is a view of a tall matrix, whose own layout products should keep."""
-    return x.stride(-1) != 1 and x.stride(-2) == 1
