@@ -152,20 +152,17 @@ def _normalised(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x / ||x||_F in `dtype`: zero for zero, nan where the norm is not finite; each matrix by itself."""
     if x.dtype == torch.float16:
         x = x.float()  # the norm itself may be too large for float16
-    norm = _norm(x)
-    # Squares must neither overflow nor vanish. Looking first saves two passes; an accelerator would have to wait.
-    low, high = (1e-140, 1e140) if x.dtype == torch.float64 else (1e-14, 1e17)
-    looks = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not (looks and bool(((norm > low) & (norm < high)).all())):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        largest = x.abs().amax(dim=(-2, -1), keepdim=True)
-        x = x / torch.where(largest == 0, torch.ones_like(largest), largest)
-        norm = _norm(x)
+    dims = (-2, -1)
+    # Entries are brought to [1, 2) first: the squares must neither overflow nor vanish. Powers of 2 round nothing.
+    largest = torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+    power = torch.where(largest == 0, torch.ones_like(largest), largest).log2().floor().exp2()
+    x = x / _divisor(power, x)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
     divisor = torch.where(norm == 0, torch.ones_like(norm), norm)
     divisor = torch.where(norm.isfinite(), divisor, torch.full_like(norm, torch.nan))
-    # A 0-dimensional divisor leaves x in its dtype.
-    return (x / (divisor.reshape(()) if x.ndim == 2 else divisor)).to(dtype)
+    return (x / _divisor(divisor, x)).to(dtype)
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+def _divisor(value: Tensor, x: Tensor) -> Tensor:
+    """Return the (..., 1, 1) tensor `value` so that dividing a single matrix by it is one fast pass."""
+    return value.reshape(()) if x.ndim == 2 else value
