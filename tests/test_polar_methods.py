@@ -176,8 +176,9 @@ def test_lists_are_their_matrices(shape: tuple[int, ...]) -> None:
 def test_blocked_symmetric_product(n: int, k: int, beta: float) -> None:
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((n, k)))
     addend = x @ x.T
-    product = symmetric_product(x, x.T, addend, beta=beta, alpha=1.0)
-    torch.testing.assert_close(product, (1 + beta) * addend, rtol=1e-12, atol=1e-9)
+    alpha = 0.5 if beta else 1.0
+    product = symmetric_product(x, x.T, addend, beta=beta, alpha=alpha)
+    torch.testing.assert_close(product, (alpha + beta) * addend, rtol=1e-12, atol=1e-9)
     assert product.equal(product.T) or (product - product.T).abs().max() <= 1e-11 * k
     torch.testing.assert_close(symmetric_product(x, x.T), addend, rtol=1e-12, atol=1e-9)
 
