@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import statistics
 from pathlib import Path
@@ -84,7 +85,9 @@ def main() -> None:
     figure.savefig(ROOT / "docs" / "figures" / "polar_training.png", dpi=130)
     text = "\n".join(lines)
     print(text)
-    args.out.joinpath("polar_training.md").write_text(text + "\n", encoding="utf-8")
+    args.out.joinpath(f"polar_training_{datetime.date.today().isoformat()}.md").write_text(
+        text + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
