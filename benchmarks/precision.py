@@ -15,11 +15,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from measuring import surroundings, write
+
 from mars_lab.recipes.registry import recipe
 from mars_lab.training.config import RunConfig
 from mars_lab.training.launch import start
 from mars_lab.training.loop import train
-from measuring import surroundings, write
 
 # name -> (precision of the model, of the state, rounding of bf16 weights)
 VARIANTS = {

@@ -16,12 +16,12 @@ from mars_optim.polar.coefficients import COEFFICIENTS
 SHAPES = [(5, 5), (3, 8), (8, 3), (1, 6), (6, 1), (1, 1), (4, 3, 7), (2, 3, 5, 4)]
 
 # Newton-Schulz output for singular values in [3e-3, 1] of the Frobenius norm. The polynomials alone give the published
-# bands (rounded outwards in the third digit); Polar Express's safety factor moves its five-step band down a little.
+# bands (rounded outwards in the third digit); safety moves five Polar Express steps, [0.994, 1.006], a little.
 BANDS = {
     ("jordan", 5): (0.681, 1.203),
     ("you", 5): (0.977, 1.146),
-    ("polar-express", 5): (0.870, 1.125),
-    ("polar-express", 6): (0.997, 1.002),
+    ("polar-express", 5): (0.988, 1.006),
+    ("polar-express", 6): (0.9999, 1.0001),
     ("polar-express", 8): (1 - 1e-9, 1 + 1e-9),
 }
 
@@ -108,7 +108,9 @@ def test_bad_input_says_what_would_do() -> None:
         polar_factor(torch.ones(3))
     with pytest.raises(TypeError, match="complex64"):
         polar_factor(torch.ones(3, 3, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="polar_method must be one of newton-schulz, svd; got 'qr'"):
+    with pytest.raises(
+        ValueError, match="polar_method must be one of newton-schulz, svd, newton, qdwh, sketch; got 'qr'"
+    ):
         polar_factor(torch.ones(3, 3), "qr")
     with pytest.raises(ValueError, match="polar_coefficients must be one of jordan, you, polar-express"):
         polar_factor(torch.ones(3, 3), coefficients="jordn")
@@ -118,7 +120,7 @@ def test_bad_input_says_what_would_do() -> None:
 
 def test_published_coefficients_start_steep_and_flatten() -> None:
     for _, table in COEFFICIENTS.items():
-        assert all(a >= b for (a, _, _), (b, _, _) in pairwise(table))
+        assert all(a >= b - 1e-6 for (a, _, _), (b, _, _) in pairwise(table))
 
 
 def test_views_share_memory_and_check_sizes() -> None:

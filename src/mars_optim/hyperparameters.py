@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .batch import Scalar, Treatment
-from .polar import UPDATE_SCALES, PolarMethod, check_view
+from .polar import UPDATE_SCALES, PolarMethod, check_view, plain_coefficients
 from .preconditioners import PRECONDITIONERS
 from .presets import preset
 from .state import PRECISIONS, ROUNDINGS
@@ -102,7 +102,14 @@ def _as_scalar(value: Scalar) -> Scalar:
 
 def polar_method(group: dict[str, Any]) -> PolarMethod:
     """Return how polar factors are computed in `group`; raises ValueError for values out of range."""
-    return PolarMethod(group["polar_method"], group["polar_coefficients"], group["polar_steps"], group["polar_dtype"])
+    steps: int | Callable[[int], int] = group["polar_steps"]
+    return PolarMethod(
+        group["polar_method"],
+        group["polar_coefficients"],
+        steps(group["schedule_step"]) if callable(steps) else steps,
+        group["polar_dtype"],
+        group["polar_rank"],
+    )
 
 
 def fold_lr_1d(group: dict[str, Any]) -> None:
@@ -159,7 +166,7 @@ def check(group: dict[str, Any]) -> None:
     _check_switch("differentiable", group["differentiable"], bool)
     for name in ("foreach", "fused", "donate_grads"):
         _check_switch(name, group[name], (bool, type(None)))
-    for name in ("preconditioner", "update_scale", "polar_coefficients"):
+    for name in ("preconditioner", "update_scale"):
         _check_switch(name, group[name], (str, type(None)))
     if group["first_step"] not in ("paper", "zero"):
         raise ValueError(f"first_step must be 'paper' or 'zero'; got {group['first_step']!r}")
@@ -172,6 +179,7 @@ def check(group: dict[str, Any]) -> None:
     if scale is not None and scale not in UPDATE_SCALES:
         raise ValueError(f"update_scale must be None or one of {', '.join(UPDATE_SCALES)}; got {scale!r}")
     group["matrix_view"] = check_view(group["matrix_view"])
+    group["polar_coefficients"] = plain_coefficients(group["polar_coefficients"])
     polar_method(group)
     _check_precision(group["state_precision"])
     if group["offload_state"] and (group["capturable"] or group["differentiable"]):

@@ -69,8 +69,9 @@ class MARS(Optimizer):
         skip_nonfinite: leave everything as it is when a gradient is not finite, and count it in
             `num_skipped_steps`; costs one wait for the device a step.
         preconditioner: override the type's choice: `"adamw"`, `"lion"`, `"polar"` or a registered name.
-        update_scale: override the type's choice: `"none"`, `"spectral"` or `"rms"`.
-        polar_method, polar_coefficients, polar_steps, polar_dtype: see `polar_factor`.
+        update_scale: override the type's choice: `"none"`, `"spectral"`, `"rms"` or a registered name.
+        polar_method, polar_coefficients, polar_steps, polar_dtype, polar_rank: see `polar_factor`; `polar_steps` may
+            be a schedule, called with the number of steps already taken.
         matrix_view: which matrices a tensor holds: `"flatten"`, `"stack"` or `("split", dim, sizes)`.
         matrix_transposed: the matrices are stored as (in, out); matters to `"spectral"` only.
         maximize: ascend.
@@ -110,9 +111,10 @@ class MARS(Optimizer):
         preconditioner: str | None = None,
         update_scale: str | None = None,
         polar_method: str = "newton-schulz",
-        polar_coefficients: str = "polar-express",
-        polar_steps: int = 6,
+        polar_coefficients: str | Sequence[tuple[float, float, float]] = "polar-express",
+        polar_steps: int | Callable[[int], int] = 6,
         polar_dtype: torch.dtype | None = None,
+        polar_rank: int | None = None,
         matrix_view: MatrixView = "flatten",
         matrix_transposed: bool = False,
         maximize: bool = False,
@@ -344,7 +346,10 @@ class MARS(Optimizer):
         for lane in self._lanes.values():
             lane.synchronize()
         packed = super().state_dict()
-        groups = [{**group, "gamma": schedules.to_plain(group["gamma"])} for group in packed["param_groups"]]
+        groups = [
+            group | {name: schedules.to_plain(group[name]) for name in ("gamma", "polar_steps")}
+            for group in packed["param_groups"]
+        ]
         return {**packed, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,7 +379,8 @@ class MARS(Optimizer):
                     group.setdefault(name, value)
             old: dict[str, Any] = old_groups[i] if i < len(old_groups) else {}
             group.setdefault("lr_1d_ratio", old.get("lr_1d_ratio", 1.0))
-            group["gamma"] = schedules.from_plain(group["gamma"], old.get("gamma"))
+            for name in ("gamma", "polar_steps"):
+                group[name] = schedules.from_plain(group[name], old.get(name))
             # How this optimizer stores and computes is its own affair, not the checkpoint's.
             group.update({name: old[name] for name in _OWN if name in old})
             check(group)

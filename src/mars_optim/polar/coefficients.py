@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
-Triple = tuple[float, float, float]
+from .minimax import Triple, check_steps, polar_express
+
+LOWER_BOUND = 3e-3
+"""Singular values, as parts of the Frobenius norm, from which `"polar-express"` is minimax: see `docs/polar.md`."""
 
 # Composing the first T triples maps [3e-3, 1] into the band given, in exact arithmetic; a longer run repeats the
 # last triple. Singular values below 3e-3 of the Frobenius norm come out smaller than the band.
@@ -19,37 +23,59 @@ COEFFICIENTS: Mapping[str, tuple[Triple, ...]] = {
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
     ),
-    # Amsel, Persson, Musco, Gower, "The Polar Express" (2025): the minimax composition on [1e-3, 1].
-    # T = 5 gives [0.876, 1.124], T = 6 [0.998, 1.002]; further steps converge.
-    "polar-express": (
-        (8.28721, -23.59589, 17.30039),
-        (4.10706, -2.94785, 0.54484),
-        (3.94869, -2.90890, 0.55182),
-        (3.31842, -2.48849, 0.51005),
-        (2.30065, -1.66890, 0.41881),
-        (1.89130, -1.26800, 0.37681),
-        (1.875, -1.25, 0.375),
-    ),
+    # T = 5 gives [0.994, 1.006], T = 6 1 +- 1e-5; further steps converge.
+    "polar-express": polar_express(LOWER_BOUND, 10),
 }
 
 
-def triples(coefficients: str, steps: int, *, half_precision: bool) -> tuple[Triple, ...]:
-    """Return the polynomials of `steps` iterations.
+def triples(coefficients: str | Sequence[Triple], steps: int, *, half_precision: bool) -> tuple[Triple, ...]:
+    """Return the polynomials of `steps` iterations; a table that is shorter repeats its last triple.
 
     Polar Express maps 1 to exactly 1, so a singular value that rounding has pushed above 1 would grow from step to
-    step. As in the paper, every step but the last divides its argument by a safety factor, larger in half precision.
+    step. As in the paper, every step but the last divides its argument by a safety factor, larger in half precision:
+    p(x / s) has the coefficients a/s, b/s^3, c/s^5. Custom triples are used as they are.
 
     Raises:
         ValueError: unknown coefficients, or `steps` less than 1.
     """
-    if coefficients not in COEFFICIENTS:
-        raise ValueError(f"polar_coefficients must be one of {', '.join(COEFFICIENTS)}; got {coefficients!r}")
-    if not isinstance(steps, int) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"polar_steps must be an integer >= 1; got {steps!r}")
-    table = COEFFICIENTS[coefficients]
+    check_steps(steps)
+    table = COEFFICIENTS[check(coefficients)] if isinstance(coefficients, str) else tuple(coefficients)
     chosen = (table + table[-1:] * steps)[:steps]
     if coefficients != "polar-express":
         return chosen
-    safety = 1.05 if half_precision else 1.01
-    safe = tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in chosen[:-1])
-    return (*safe, chosen[-1])
+    s = 1.05 if half_precision else 1.01
+    return (*((a / s, b / s**3, c / s**5) for a, b, c in chosen[:-1]), chosen[-1])
+
+
+def check(coefficients: str) -> str:
+    """Return the name of a table of coefficients.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if coefficients not in COEFFICIENTS:
+        raise ValueError(
+            f"polar_coefficients must be one of {', '.join(COEFFICIENTS)} or a tuple of triples (a, b, c); "
+            f"got {coefficients!r}"
+        )
+    return coefficients
+
+
+def plain(coefficients: object) -> str | tuple[Triple, ...]:
+    """Return a name as it is, and triples as tuples of floats.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(coefficients, str):
+        return check(coefficients)
+    if isinstance(coefficients, (list, tuple)) and coefficients:
+        rows = [_numbers(row) for row in cast("Sequence[object]", coefficients)]
+        if all(len(row) == 3 for row in rows):
+            return tuple((a, b, c) for a, b, c in rows)
+    return check(f"{coefficients!s}")
+
+
+def _numbers(row: object) -> tuple[float, ...]:
+    values = cast("Sequence[object]", row) if isinstance(row, (list, tuple)) else ()
+    return tuple(float(x) for x in values if isinstance(x, (int, float)))

@@ -1,142 +1,168 @@
-"""The polar factor U V^T of a matrix M = U S V^T, by Newton-Schulz iteration or by SVD."""
+"""The polar factor U V^T of a matrix M = U S V^T."""
 # torch.linalg is not typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .coefficients import Triple, triples
+from .coefficients import plain
+from .dense import by_newton, by_qdwh, by_svd
+from .method import PolarMethod
+from .minimax import Triple
+from .newton_schulz import newton_schulz
+from .sketch import Sketch, sketched
 
-METHODS = ("newton-schulz", "svd")
-DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class PolarMethod:
-    """How polar factors are computed: method, polynomials, number of steps, arithmetic (`None`: by device)."""
-
-    method: str = "newton-schulz"
-    coefficients: str = "polar-express"
-    steps: int = 6
-    dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"polar_method must be one of {', '.join(METHODS)}; got {self.method!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"polar_dtype must be None or a real floating-point dtype; got {self.dtype!r}")
-        triples(self.coefficients, self.steps, half_precision=False)
-
-    def arithmetic(self, matrix: Tensor) -> torch.dtype:
-        """Return the dtype to iterate in: the given one, else bfloat16 on an accelerator and fp32 on the CPU."""
-        if self.dtype is not None:
-            return self.dtype
-        if matrix.dtype == torch.float64 or (self.method == "svd" and matrix.dtype == torch.float32):
-            return matrix.dtype
-        if self.method == "svd" or matrix.device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16
+_DENSE = {"svd": by_svd, "newton": by_newton, "qdwh": by_qdwh}
+_STACKED_BELOW = 256  # rows; larger matrices fill the CPU's cores one at a time, and stacking them costs a copy
 
 
 def polar_factor(
     matrix: Tensor,
     method: str = "newton-schulz",
     *,
-    coefficients: str = "polar-express",
+    coefficients: str | Sequence[Triple] = "polar-express",
     steps: int = 6,
     dtype: torch.dtype | None = None,
+    rank: int | None = None,
+    form: str = "auto",
 ) -> Tensor:
     r"""Return :math:`U V^\top` for :math:`M = U \Sigma V^\top`, over the non-zero singular values.
 
     Args:
         matrix: real, shape `(..., rows, columns)`; leading dimensions are a batch.
-        method: `"newton-schulz"`, or `"svd"` (exact to rounding, slow: the oracle).
-        coefficients: `"polar-express"`, `"jordan"` or `"you"`; for Newton-Schulz.
+        method: `"newton-schulz"` (polynomials; fast), `"svd"` (the oracle), `"newton"` or `"qdwh"` (inverses or
+            Cholesky and QR; for full rank as accurate as the SVD), `"sketch"` (of rank `rank`, see `polar_sketch`).
+        coefficients: for Newton-Schulz: `"polar-express"`, `"jordan"`, `"you"`, or triples (a, b, c) of
+            p(x) = a x + b x^3 + c x^5, one for each step, the last one repeated; see `polar_express`.
         steps: number of iterations; for Newton-Schulz. Six Polar Express steps leave every singular value above
-            3e-3 of the Frobenius norm within 0.002 of 1 in fp32 and within about 0.03 in bfloat16.
-        dtype: arithmetic of the iteration. `None`: float64 for float64 input, bfloat16 on an accelerator, fp32 on
-            the CPU.
+            3e-3 of the Frobenius norm within 0.001 of 1 in fp32 and within 0.03 in bfloat16.
+        dtype: arithmetic of the iteration. `None`: the input's for float64 and bfloat16; otherwise bfloat16 on an
+            accelerator and fp32 on the CPU. Factorisations: fp32 or float64.
+        rank: of the sketch.
+        form: of Newton-Schulz: `"standard"`, `"gram"` or `"auto"`, which counts multiplications.
 
     Returns:
-        A tensor of the shape and dtype of `matrix`. A zero matrix gives zero.
+        A tensor of the shape and dtype of `matrix`. A zero matrix gives zero; a matrix with an inf or nan gives nan,
+        others of its batch are not touched. Singular values below rounding (of the arithmetic) have no defined
+        direction: the SVD and the sketch leave them out, Newton-Schulz leaves them small, Newton and QDWH may make
+        them 1.
 
     Raises:
-        ValueError: fewer than two dimensions, unknown method or coefficients, `steps` < 1.
+        ValueError: fewer than two dimensions, an argument out of range.
         TypeError: a complex or integer matrix.
 
     References: Bernstein and Newhouse, "Old Optimizer, New Norm" (2024); Amsel et al., "The Polar Express" (2025).
     """
-    how = PolarMethod(method, coefficients, steps, dtype)
+    how = PolarMethod(method, plain(coefficients), steps, dtype, rank, form)
+    return polar_factors([_checked(matrix)], how)[0]
+
+
+def polar_sketch(matrix: Tensor, rank: int, *, dtype: torch.dtype | None = None) -> Sketch:
+    """Return the polar factor of the leading `rank` singular directions, and the part of `matrix` it leaves out.
+
+    Args:
+        matrix: real, shape `(..., rows, columns)`.
+        rank: of the factor, >= 1.
+        dtype: float32 or float64; `None`: float64 for float64, otherwise float32.
+
+    Returns:
+        `factor` as `polar_factor` would, and `residual` of shape `(...)`; see `Sketch`.
+
+    Raises:
+        ValueError, TypeError: as `polar_factor`.
+    """
+    how = PolarMethod("sketch", dtype=dtype, rank=rank)
+    batch = _checked(matrix).reshape(-1, *matrix.shape[-2:])
+    x, bad = _finite(_normalised(batch, how.arithmetic(batch)))
+    factor, residual = sketched(x, rank)
+    factor, residual = factor.masked_fill(bad, torch.nan), residual.masked_fill(bad[:, 0, 0], torch.nan)
+    return Sketch(factor.to(matrix.dtype).reshape(matrix.shape), residual.reshape(matrix.shape[:-2]))
+
+
+def polar_factors(matrices: Sequence[Tensor], how: PolarMethod) -> list[Tensor]:
+    """Return the polar factor of each `(..., rows, columns)` tensor; equal shapes go through one batched call.
+
+    On the CPU large matrices are taken one at a time. Nothing of the size of all matrices together is created but the
+    results; who wants them one at a time calls this with one matrix at a time.
+    """
+    results: list[Tensor | None] = [None] * len(matrices)
+    by_shape: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
+    for i, m in enumerate(matrices):
+        rows, columns = sorted(m.shape[-2:])
+        if m.numel() == 0:
+            results[i] = torch.empty_like(m, memory_format=torch.contiguous_format)
+        elif m.device.type == "cpu" and rows >= _STACKED_BELOW and how.method == "newton-schulz":
+            parts = [_newton_schulz(_wide(part), how, transposed=_is_tall(m)) for part in m.reshape(-1, *m.shape[-2:])]
+            results[i] = parts[0].to(m.dtype) if m.ndim == 2 else torch.stack(parts).to(m.dtype).reshape(m.shape)
+        else:
+            by_shape.setdefault((rows, columns, m.dtype, m.device), []).append(i)
+
+    for indices in by_shape.values():
+        stacks = [_wide(matrices[i].reshape(-1, *matrices[i].shape[-2:])) for i in indices]
+        batch = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
+        factor = _newton_schulz(batch, how) if how.method == "newton-schulz" else _by_factorisation(batch, how)
+        for i, part in zip(indices, factor.split([len(s) for s in stacks]), strict=True):
+            m = matrices[i]
+            oriented = part.mT.contiguous() if _is_tall(m) else part
+            results[i] = oriented.to(m.dtype).reshape(m.shape)
+    return [r for r in results if r is not None]
+
+
+def _checked(matrix: Tensor) -> Tensor:
     if matrix.ndim < 2:
         raise ValueError(f"polar_factor needs a matrix (..., rows, columns); got shape {tuple(matrix.shape)}")
     if not matrix.is_floating_point():
         raise TypeError(f"polar_factor needs a real floating-point matrix; got {matrix.dtype}")
-    return polar_factors([matrix], how)[0]
+    return matrix
 
 
-def polar_factors(matrices: Sequence[Tensor], how: PolarMethod) -> list[Tensor]:
-    """Return the polar factor of each `(..., rows, columns)` tensor; equal shapes go through one batched call."""
-    results: list[Tensor] = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in matrices]
-    by_shape: dict[tuple[int, int, torch.dtype], list[int]] = {}
-    for i, m in enumerate(matrices):
-        if m.numel() == 0:
-            continue
-        rows, columns = m.shape[-2:]
-        by_shape.setdefault((min(rows, columns), max(rows, columns), m.dtype), []).append(i)
-
-    for indices in by_shape.values():
-        wide: list[Tensor] = []  # rows <= columns, so that the iterated Gram matrix is the small one
-        for i in indices:
-            stack = matrices[i].flatten(0, -3) if matrices[i].ndim > 3 else matrices[i]
-            stack = stack.unsqueeze(0) if stack.ndim == 2 else stack
-            wide.append(stack.mT if stack.shape[-2] > stack.shape[-1] else stack)
-        batch = torch.cat(wide) if len(wide) > 1 else wide[0]
-        factor = _polar_wide(batch, how)
-        for i, part in zip(indices, factor.split([w.shape[0] for w in wide]), strict=True):
-            m = matrices[i]
-            tall = m.shape[-2] > m.shape[-1]
-            results[i].copy_((part.mT if tall else part).reshape(m.shape))
-    return results
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[-2] > matrix.shape[-1]
 
 
-def _polar_wide(batch: Tensor, how: PolarMethod) -> Tensor:
-    """Polar factors of a batch of shape (count, rows, columns) with rows <= columns."""
-    dtype = how.arithmetic(batch)
-    # Entries are scaled to at most 1 first: the squares in the Frobenius norm must neither overflow nor vanish.
-    # Each matrix is scaled by itself, so that an inf or nan stays in its own matrix.
-    x = batch.to(torch.promote_types(batch.dtype, torch.float32))
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True)
-    x = x / torch.where(largest == 0, torch.ones_like(largest), largest)
-    if how.method == "svd":
-        return _polar_by_svd(x.to(dtype))
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / torch.where(norm == 0, torch.ones_like(norm), norm)
-    return newton_schulz(x.to(dtype), triples(how.coefficients, how.steps, half_precision=dtype in _HALF))
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if _is_tall(matrix) else matrix
 
 
-def newton_schulz(x: Tensor, polynomials: Sequence[Triple]) -> Tensor:
-    """Apply X <- a X + (b A + c A^2) X with A = X X^T, once for each (a, b, c).
-
-    Args:
-        x: shape (count, rows, columns), rows <= columns, each of Frobenius norm at most 1.
-        polynomials: one triple an iteration.
-    """
-    for a, b, c in polynomials:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+def _newton_schulz(x: Tensor, how: PolarMethod, *, transposed: bool = False) -> Tensor:
+    """Polar factor of a matrix, or of a batch of shape (count, rows, columns), with rows <= columns."""
+    dtype = how.arithmetic(x)
+    # Products of rows with rows are the faster ones on the CPU, by more than the copy costs.
+    normalised = _normalised(x, dtype).contiguous()
+    return newton_schulz(normalised, how.polynomials(dtype), how.form, transposed=transposed)
 
 
-def _polar_by_svd(x: Tensor) -> Tensor:
-    bad = ~x.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)  # torch refuses these for all the others
-    u, sigma, vh = torch.linalg.svd(x.masked_fill(bad, 0), full_matrices=False)
-    # The factor is unique only on the range: directions of zero singular value are left out, not invented.
-    cutoff = torch.finfo(x.dtype).eps * max(x.shape[-2:]) * sigma[..., :1]
-    factor = (u * (sigma > cutoff).to(x.dtype).unsqueeze(-2)) @ vh
+def _by_factorisation(batch: Tensor, how: PolarMethod) -> Tensor:
+    # A matrix with an inf or nan must not spoil, nor stop, the factorisation of the others.
+    x, bad = _finite(_normalised(batch, how.arithmetic(batch)))
+    factor = sketched(x, how.rank).factor if how.rank is not None else _DENSE[how.method](x)
     return factor.masked_fill(bad, torch.nan)
+
+
+def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
+    bad = x[..., :1, :1].isnan()  # `_normalised` makes the whole matrix nan
+    return x.masked_fill(bad, 0), bad
+
+
+def _normalised(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x / ||x||_F in `dtype`: zero for zero, nan where the norm is not finite; each matrix by itself."""
+    if x.dtype == torch.float16:
+        x = x.float()  # the norm itself may be too large for float16
+    dims = (-2, -1)
+    # Entries are brought to [1, 2) first: the squares must neither overflow nor vanish. Powers of 2 round nothing.
+    largest = torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+    power = torch.where(largest == 0, torch.ones_like(largest), largest).log2().floor().exp2()
+    x = x / _divisor(power, x)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    divisor = torch.where(norm == 0, torch.ones_like(norm), norm)
+    divisor = torch.where(norm.isfinite(), divisor, torch.full_like(norm, torch.nan))
+    return (x / _divisor(divisor, x)).to(dtype)
+
+
+def _divisor(value: Tensor, x: Tensor) -> Tensor:
+    """Return the (..., 1, 1) tensor `value` so that dividing a single matrix by it is one fast pass."""
+    return value.reshape(()) if x.ndim == 2 else value

@@ -10,7 +10,7 @@ A *matrix view* says which matrices a tensor holds:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -19,11 +19,22 @@ from torch import Tensor
 MatrixView = str | tuple[str, int, tuple[int, ...]]
 
 # From (rows, columns) of a matrix to the factor on its update.
-UPDATE_SCALES: Mapping[str, Callable[[int, int], float]] = {
+UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
     "none": lambda rows, columns: 1.0,
     "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
     "rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
+
+
+def register_update_scale(name: str, scale: Callable[[int, int], float]) -> None:
+    """Make `update_scale=name` available to every parameter group: (rows, columns) -> factor on the update.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in UPDATE_SCALES:
+        raise ValueError(f"an update scale named {name!r} is already registered; choose another name")
+    UPDATE_SCALES[name] = scale
 
 
 def check_view(view: object) -> MatrixView:

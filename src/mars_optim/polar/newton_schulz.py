@@ -1,0 +1,100 @@
+r"""Newton-Schulz iteration, X <- p(X) with p(X) = a X + b (X X^T) X + c (X X^T)^2 X, in two forms.
+
+**Standard**: X_{t+1} = (a I + b R + c R^2) X_t with R = X_t X_t^T. Three products, two of them with X.
+
+**Gram**: with R_0 = X X^T all iterations are polynomials of R_0. With Q_0 = I, Y_0 = R_0,
+
+    R_t = Q_t Y_t,   P_t = a I + b R_t + c R_t^2,   Y_{t+1} = Y_t P_t,   Q_{t+1} = P_t Q_t,   X_T = Q_T X,
+
+so that only the first and the last product involve X and all others are of the small size. Rounding of R_0, about
+2^-9 of its norm in bfloat16, is as large as the squares of small singular values: their directions of R_t turn
+negative and grow like the product of the a^2. So the iteration starts anew from X_t every few steps (`segments`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .minimax import Triple
+from .symmetric import product, symmetric_product
+
+_GRAM_FROM = 256  # rows
+FORMS = ("auto", "standard", "gram")
+
+
+def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto", *, transposed: bool = False) -> Tensor:
+    """Apply one odd polynomial a x + b x^3 + c x^5 after the other to the singular values of `x`.
+
+    Args:
+        x: shape (rows, columns) or (count, rows, columns), rows <= columns, each of Frobenius norm at most 1.
+        polynomials: one triple (a, b, c) an iteration.
+        form: `"standard"`, `"gram"`, or `"auto"`: the one with fewer multiplications.
+        transposed: return the transpose, stored row by row (the last product makes it so at no cost).
+    """
+    if form == "auto":
+        form = cheaper_form(x.shape[-2], x.shape[-1], len(polynomials))
+    start = 0
+    for length in [1] * len(polynomials) if form == "standard" else segments(len(polynomials)):
+        steps = polynomials[start : start + length]
+        scalar, rest = _polynomial_of_gram(x, steps, keep_multiple_of_identity=start == 0 or form == "standard")
+        start += length
+        if transposed and start == len(polynomials):
+            return product(x.mT, rest, x.mT, beta=scalar)
+        x = product(rest, x, x, beta=scalar)
+    return x
+
+
+def segments(steps: int) -> list[int]:
+    """Return how many steps the Gram form takes between restarts: three, or less at the end.
+
+    Shorter costs products with X; longer lets rounding grow, in fp32 as well as in bfloat16 (`docs/polar.md`).
+    """
+    count = -(-steps // 3)
+    return [steps // count + (i < steps % count) for i in range(count)]
+
+
+def cheaper_form(rows: int, columns: int, steps: int) -> str:
+    """Return the form with fewer multiplications for rows <= columns, counting symmetric products as half.
+
+    In units of rows^3 / 2 multiply-adds, with a = columns / rows and r segments: standard T (3a + 1), Gram
+    4T - 3r + 3ra. Below 256 rows calls cost more than multiplications, and the standard form is more accurate.
+    """
+    if rows < _GRAM_FROM:
+        return "standard"
+    aspect, restarts = columns / rows, len(segments(steps))
+    gram = 4 * steps + 3 * restarts * (aspect - 1)
+    return "gram" if gram < steps * (3 * aspect + 1) else "standard"
+
+
+def _polynomial_of_gram(
+    x: Tensor, polynomials: Sequence[Triple], *, keep_multiple_of_identity: bool
+) -> tuple[float, Tensor]:
+    """Return (scalar, rest) with Q = scalar * I + rest, the matrix that takes the given steps: X_t = Q X."""
+    r = symmetric_product(x, x.mT)
+    y, scalar, rest = r, 0.0, None
+    for i, (a, b, c) in enumerate(polynomials):
+        g = symmetric_product(r, r, r, beta=b, alpha=c)  # P without a I
+        is_last = i == len(polynomials) - 1
+        # Y_2, Q_2, ... are symmetric only as far as P_0 and P_1 commute. Making them so would spread the rounding of
+        # one factor, 30 times larger, over the other; R and G are symmetric by construction.
+        multiply = product if keep_multiple_of_identity else symmetric_product
+        if not is_last:
+            y = (symmetric_product if i == 0 else multiply)(y, g, y, beta=a)
+        if rest is None:
+            scalar, rest = (a, g) if keep_multiple_of_identity else (0.0, _plus_diagonal(g, a))
+        else:
+            rest = multiply(g, rest, torch.add(rest, g, alpha=scalar / a) if scalar else rest, beta=a)
+            scalar *= a
+        if not is_last:
+            r = symmetric_product(rest, y, y, beta=scalar)
+    assert rest is not None
+    return scalar, rest
+
+
+def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
+    result = matrix.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(value)
+    return result
