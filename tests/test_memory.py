@@ -403,9 +403,8 @@ def test_ddp_buckets(backend: str, as_view: bool, set_to_none: bool) -> None:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.LayerNorm(8))
-    model[2].weight.requires_grad_(True)
-    return model
+    # No norm after a matrix: its gradient would lack a direction, and the polar factor of rounding errors is anything.
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
 
 
 def losses(model: nn.Module) -> Iterator[Tensor]:
