@@ -18,6 +18,7 @@ from pathlib import Path
 from measuring import surroundings, write
 
 from mars_lab.recipes.registry import recipe
+from mars_lab.training.allocator import keep_freed_memory
 from mars_lab.training.config import RunConfig
 from mars_lab.training.launch import start
 from mars_lab.training.loop import train
@@ -28,7 +29,6 @@ VARIANTS = {
     "bf16 state": ("bf16", "bf16", "remainder16"),
     "8-bit state": ("bf16", "8bit", "remainder16"),
     "bf16 weights + 8-bit remainder, 8-bit state": ("bf16-params", "8bit", "remainder8"),
-    "bf16 weights, rounded stochastically, 8-bit state": ("bf16-params", "8bit", "stochastic"),
     "bf16 weights, rounded to nearest, fp32 state": ("bf16-params", "fp32", "nearest"),
 }
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
+    keep_freed_memory()
     sections: dict[str, list[dict[str, object]]] = {}
     curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
     for name in arguments.recipes:
@@ -87,7 +88,7 @@ def main() -> None:
 def plot(curves: dict[str, dict[str, list[list[tuple[int, float]]]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    colours = ["#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#999999"]
+    colours = ["#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7"]
     figure, panels = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 4.4), layout="constrained", squeeze=False)
     for axes, (name, variants) in zip(panels[0], curves.items(), strict=True):
         for colour, (variant, of_seeds) in zip(colours, variants.items(), strict=True):

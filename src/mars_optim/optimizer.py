@@ -76,9 +76,16 @@ class MARS(Optimizer):
         matrix_transposed: the matrices are stored as (in, out); matters to `"spectral"` only.
         maximize: ascend.
         foreach: True or False chooses the backend over lists of tensors or the one tensor by tensor; None chooses.
-        fused: no fused backend exists yet; True is an error.
+        fused: True insists on fused kernels, False does without; None takes them where they can run.
         capturable: keep the step count on the device, for CUDA graphs.
         differentiable: let autograd record the step.
+        state_precision: how moments and previous gradient are stored: `"fp32"` (as precise as the arithmetic),
+            `"bf16"` or `"8bit"`, or a dict of these for `exp_avg`, `exp_avg_sq` and `prev_grad`.
+        param_rounding: how half-precision parameters are rounded, and what is kept of the rest: `"nearest"`,
+            `"stochastic"`, `"kahan"`, `"remainder8"` or `"remainder16"`.
+        donate_grads: True: the step keeps `p.grad`'s memory as the previous gradient and leaves `p.grad = None`, which
+            is safe where every step has new gradients; False: it copies; None: it keeps them where that is proved safe.
+        offload_state: keep state in the host's memory and bring it to the device for the step.
 
     Raises:
         ValueError, TypeError, RuntimeError: a value out of range; the message says which and what would do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -16,6 +17,12 @@ from .native_library import NativeUnavailable
 from .unpacked import pack_, unpack
 
 __all__ = ["Backend", "pack_", "select", "unpack"]
+
+
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.complex64, torch.complex128),
+)
 
 
 class Backend(Protocol):
@@ -69,16 +76,21 @@ def select(group: dict[str, Any]) -> Backend:
         return reference
     devices = {p.device.type for p in group["params"]}
     if group["foreach"] is None and group["fused"] is not False and not torch.compiler.is_compiling():
-        fused = _fused(devices, required=group["fused"] is True)
+        fused = _fused(devices, group["params"], required=group["fused"] is True)
         if fused is not None:
             return fused
     wanted = devices.isdisjoint({"cpu"}) if group["foreach"] is None else group["foreach"]
     return foreach if wanted else reference
 
 
-def _fused(devices: set[str], *, required: bool) -> Backend | None:
+def _fused(devices: set[str], params: Sequence[Tensor], *, required: bool) -> Backend | None:
     """Return the fused kernels for all of `devices`; where they are missing, say so once, or raise if `required`."""
-    if devices == {"cpu"}:
+    strange = next((p for p in params if not _is_plain(p)), None)
+    if strange is not None:
+        if not required:
+            return None
+        cause = f"the fused kernels do not take parameters like {type(strange).__name__} of {strange.dtype}"
+    elif devices == {"cpu"}:
         try:
             from . import native
 
@@ -94,6 +106,12 @@ def _fused(devices: set[str], *, required: bool) -> Backend | None:
         raise RuntimeError(f"fused=True: {cause}; or use fused=None, which takes torch's functions")
     _say_once(f"mars_optim: {cause}. The step uses torch's functions, about ten times slower.")
     return None
+
+
+def _is_plain(param: Tensor) -> bool:
+    """Whether the elements lie in memory in a format that kernels know: no DTensor or other wrapper, no fp8."""
+    dispatch = "__torch_dispatch__"
+    return getattr(type(param), dispatch) is getattr(Tensor, dispatch) and param.dtype in _DTYPES
 
 
 @cache
