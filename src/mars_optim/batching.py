@@ -14,7 +14,7 @@ from .members import Member
 from .ownership import keep
 from .polar import update_scale
 from .preconditioners import PRECONDITIONERS
-from .state import is_q8, key_of, real, salt
+from .state import is_q8, real, salt
 
 # A member, its step count, its previous gradient, the coefficient of that, and its next previous gradient if kept.
 _Place = tuple[Member, float | Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -92,8 +92,7 @@ def _batch(
             else:
                 state["has_prev"].copy_(torch.maximum(state["has_prev"], 1 - scaling.found_inf.reshape(())))
     if _takes_random_numbers(first.param, states[0], treatment):
-        counts = steps if group["capturable"] else [int(step) for step in steps]
-        batch.keys = [key_of(salt(member.index), count) for member, count in zip(members, counts, strict=True)]
+        batch.salts = [salt(member.index) for member in members]
     return batch
 
 

@@ -13,6 +13,7 @@ from mars_optim.batch import Batch
 
 from . import foreach, reference
 from .native_library import NativeUnavailable
+from .triton import TritonUnavailable
 from .unpacked import pack_, unpack
 
 __all__ = ["Backend", "pack_", "select", "unpack"]
@@ -78,21 +79,26 @@ def select(group: dict[str, Any]) -> Backend:
 
 def _fused(devices: set[str], *, required: bool) -> Backend | None:
     """Return the fused kernels for all of `devices`; where they are missing, say so once, or raise if `required`."""
-    if devices == {"cpu"}:
-        try:
+    try:
+        if devices == {"cpu"}:
             from . import native
 
             native.require()
             return native
-        except NativeUnavailable as error:
-            cause = str(error)
-    else:
+        if devices == {"cuda"}:
+            from . import triton
+
+            triton.require()
+            return triton
         if not required:
             return None
         cause = f"there are no fused kernels for parameters on {', '.join(sorted(devices))}"
+    except (NativeUnavailable, TritonUnavailable) as error:
+        cause = str(error)
     if required:
         raise RuntimeError(f"fused=True: {cause}; or use fused=None, which takes torch's functions")
-    _say_once(f"mars_optim: {cause}. The step uses torch's functions, about ten times slower.")
+    slower = ", about ten times slower" if devices == {"cpu"} else ", in more passes over memory"
+    _say_once(f"mars_optim: {cause}. The step uses torch's functions{slower}.")
     return None
 
 
