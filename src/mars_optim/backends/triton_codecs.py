@@ -40,9 +40,10 @@ def places():
 @triton.jit
 def pointer(address, start, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
     """To the element at `start`."""
+    p = address.to(tl.pointer_type(FORMAT))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(FORMAT)) + start
+        p = tl.multiple_of(p, 16)
+    return p + start
 
 
 @triton.jit
@@ -247,7 +248,9 @@ def encode_weight(
     elif ROUNDING == KAHAN:
         half = narrow_nearest(x, FORMAT)
         write(address, start, n, half, tl.int16, ALIGNED, FULL)
-        write(extra, start, n, narrow_nearest(x - widen(half, FORMAT), FORMAT), tl.int16, ALIGNED, FULL)
+        rest = x - widen(half, FORMAT)
+        rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)  # what is not finite has no rest
+        write(extra, start, n, narrow_nearest(rest, FORMAT), tl.int16, ALIGNED, FULL)
     else:
         # Half up in magnitude, so that the difference of the bits fits; fp16's subnormal numbers saturate.
         half = narrow(x, 1 << (dropped - 1), FORMAT)

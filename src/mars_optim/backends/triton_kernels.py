@@ -30,7 +30,7 @@ NUMBERS = ("a", "b", "clip", "we", "wg", "decay", "step_size", "inv_sqrt_bias2",
  N_T) = map(tl.constexpr, range(len(NUMBERS)))
 # fmt: on
 NUM_NUMBERS = tl.constexpr(len(NUMBERS))
-LANES = tl.constexpr(2048)  # partial sums that one program adds at a time
+LANES = tl.constexpr(4096)  # partial sums that one program adds at a time
 ADAMW, LION, MOMENTUM, DESCEND = (tl.constexpr(int(op)) for op in (Op.ADAMW, Op.LION, Op.MOMENTUM, Op.DESCEND))
 
 

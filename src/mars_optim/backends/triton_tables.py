@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 2048  # elements that one program works on
+BLOCK_SIZE = 1024  # elements that one program works on
 _MOST_TABLES = 64  # of batches and patterns of gradient addresses
 
 _block_maps: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, list[int]]] = {}
