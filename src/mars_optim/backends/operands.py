@@ -1,5 +1,5 @@
 """What kernels that know only addresses are given of a batch."""
-# pyright: reportPrivateUsage=false
+# pyright: reportPrivateUsage=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class Operands:
 
 def _read_only_address(tensor: Tensor) -> int:
     """The address for reading only: asking for `data_ptr()` would end copy-on-write, by copying."""
-    return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.itemsize
+    start: int = torch._C._data_address(tensor)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    return start + int(tensor.storage_offset()) * tensor.itemsize
 
 
 def _dense_strides(param: Tensor) -> tuple[int, ...]:

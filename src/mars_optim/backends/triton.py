@@ -10,7 +10,7 @@ Launches, whatever the number of tensors:
 Kernels find the tensors through a table of addresses. It is uploaded, from pinned memory and without waiting, when
 addresses are not those of a table that was uploaded before. Numbers that are on the device are read there.
 """
-# pyright: reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import struct
 from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from itertools import chain
+from operator import or_
 from typing import Any
 
 import torch
@@ -124,8 +125,8 @@ class _Call:
             "G": formats[batch.grads[0].dtype],
             "PREV": formats[previous[0].dtype],
             "HAS_PREV": batch.prev_grads is not None,
-            # The columns of addresses of elements; scales are read one by one.
-            "ALIGNED": not any(address % 16 for column in columns[1:15] for address in column),
+            # All addresses at once: what is odd in one of them is odd here.
+            "ALIGNED": reduce(or_, chain.from_iterable(columns[1:15]), 0) % 16 == 0,
         }
 
     def products(self) -> Tensor:
@@ -140,9 +141,7 @@ class _Call:
         """The step."""
         batch, treatment, kernels = self.batch, self.batch.treatment, self.kernels
         clips = batch.clip is None and self.op != Op.DESCEND
-        records = torch.empty(
-            self.count * len(kernels.NUMBERS), dtype=_arithmetic(batch), device=self.device
-        )
+        records = torch.empty(self.count * len(kernels.NUMBERS), dtype=_arithmetic(batch), device=self.device)
         rounding = Rounding[treatment.param_rounding.upper()] if batch.params[0].itemsize == 2 else Rounding.NEAREST
         found_inf = None if batch.scaling is None else batch.scaling.found_inf.to(self.device, non_blocking=True)
         meta: dict[str, Any] = {
@@ -236,7 +235,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _numbers(weights: Sequence[Weight], device: torch.device) -> tuple[int, list[int | Tensor]]:
     """What `number` in the kernels reads: kinds of two bits each, and the bits of doubles or tensors on the device."""
-    kinds, values = 0, []
+    kinds = 0
+    values: list[int | Tensor] = []
     for place, weight in enumerate(weights):
         if isinstance(weight, Tensor) and weight.device.type == "cpu" != device.type:
             weight = float(weight)  # the host's own: nobody waits

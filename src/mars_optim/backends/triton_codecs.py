@@ -5,7 +5,7 @@ stands at row i // 128, column i % 128, so that a row shares a scale. FULL: the 
 no access is masked, which is what lets accesses be 16 bytes wide; ALIGNED: all addresses are multiples of 16. bfloat16
 and what rounds to it are handled as integers, so that rounding is the same everywhere.
 """
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
@@ -125,9 +125,7 @@ def level(code, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decode(
-    address, scales, start, n, FORMAT: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr
-):
+def decode(address, scales, start, n, FORMAT: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr):
     """The block in the arithmetic's type T."""
     if FORMAT == tl.bfloat16 or FORMAT == tl.float16:
         value = widen(read(address, start, n, tl.int16, ALIGNED, FULL), FORMAT)

@@ -5,7 +5,7 @@ of it, a program works; `records` holds each tensor's `NUMBERS`, which `prepare`
 and the device know. Such a number comes as the bits of a double, as a pointer to one value or as a pointer to one
 value a tensor: 0, 1 or 2 in the two bits of `KINDS` at its place.
 """
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ the eager step before it, which every capture needs, leaves a spare buffer.
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,11 +55,11 @@ def block_map(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, lis
     found = _block_maps.get((device, sizes))
     if found is not None:
         return found
-    counts = torch.tensor([-(-n // BLOCK_SIZE) for n in sizes])
-    firsts = counts.cumsum(0) - counts
-    tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    blocks = torch.stack([tensors, torch.arange(len(tensors)) - firsts[tensors]], dim=1).to(torch.int32)
-    made = upload(blocks, device), firsts.tolist()
+    counts = [-(-n // BLOCK_SIZE) for n in sizes]
+    firsts = [0, *accumulate(counts)][:-1]
+    tensors = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(counts))
+    blocks = torch.stack([tensors, torch.arange(len(tensors)) - torch.tensor(firsts)[tensors]], dim=1)
+    made = upload(blocks.to(torch.int32), device), firsts
     if not is_capturing(device):  # else nothing is there before a replay
         _block_maps[device, sizes] = made
     return made
