@@ -76,7 +76,7 @@ def _batch(
         owners=states,
         sign=-1.0 if group["maximize"] else 1.0,
         first_steps=has_prev is False,
-        has_prev=[s["has_prev"].clone() for s in states] if has_prev is None else None,
+        has_prev=list(torch.stack([s["has_prev"] for s in states]).unbind()) if has_prev is None else None,
         prev_coefficients=None if coefficients[0] is None else coefficients,
         scaling=scaling,
     )
@@ -86,11 +86,12 @@ def _batch(
         for state, grad in zip(states, kept, strict=True):
             state["prev_grad"] = grad
     if "has_prev" in states[0] and (not has_prev or group["first_step"] == "zero"):
-        for state in states:
-            if scaling is None:
-                state["has_prev"].fill_(1)
-            else:
-                state["has_prev"].copy_(torch.maximum(state["has_prev"], 1 - scaling.found_inf.reshape(())))
+        flags = [s["has_prev"] for s in states]
+        if scaling is None:
+            torch._foreach_clamp_min_(flags, 1.0)
+        else:
+            taken = (1 - scaling.found_inf.reshape(())).to(flags[0])
+            torch._foreach_maximum_(flags, [taken] * len(flags))
     if _takes_random_numbers(first.param, states[0], treatment):
         batch.salts = [salt(member.index) for member in members]
     return batch
