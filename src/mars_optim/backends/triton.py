@@ -244,5 +244,6 @@ def _numbers(weights: Sequence[Weight], device: torch.device) -> tuple[int, list
             kinds |= (2 if weight.ndim else 1) << 2 * place
             values.append(weight.to(device, non_blocking=True).contiguous())
         else:
-            values.append(struct.unpack("=q", struct.pack("=d", weight))[0])
+            # Zero as -0.0: its bits are 64, and the type of an argument, hence what is compiled, stays the same.
+            values.append(struct.unpack("=q", struct.pack("=d", weight or -0.0))[0])
     return kinds, values

@@ -51,9 +51,10 @@ def number(value, i, KINDS: tl.constexpr, PLACE: tl.constexpr):
 def total(partial, first, last, WIDTH: tl.constexpr, k):
     """The sum of the k-th of WIDTH partial sums over blocks first to last, always in the same order."""
     sums = tl.zeros((LANES,), tl.float64)
-    for start in range(first, last, LANES):
-        block = start + tl.arange(0, LANES)
+    while first < last:
+        block = first + tl.arange(0, LANES)
         sums += tl.load(partial + block * WIDTH + k, mask=block < last, other=0.0)
+        first += LANES
     return tl.sum(sums, axis=0)
 
 
