@@ -201,6 +201,29 @@ def test_extreme_weights_round_as_elsewhere() -> None:
                 torch.testing.assert_close(*rests, rtol=1e-2, atol=1.5, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_eight_bit_remainders_are_drawn_as_elsewhere(dtype: torch.dtype) -> None:
+    """Rounded to nearest, half of them would differ; an fp32 rounding moves one in 2^5 or 2^8."""
+    parameters = make([(40, 30)], dtype)
+    ours, theirs, twins = pair(1, parameters, mars_type="lion", param_rounding="remainder8")
+    rests = [o.state[p]["param_remainder"] for o, p in ((ours, parameters[0]), (theirs, twins[0]))]
+    assert (rests[0] != rests[1]).float().mean() < 0.1
+
+
+def test_eight_bit_second_moments_are_not_zero_and_scales_show_what_is_not_finite() -> None:
+    p = nn.Parameter(torch.ones(2, 128))
+    optimizer = MARS([p], state_precision="8bit", clip_norm=None)
+    p.grad = torch.full((2, 128), 1e-4)
+    p.grad[0, 0] = 1.0  # v of the others is 1e-8 of the scale, below half of the first level, 255^-4
+    p.grad[0, 1:] *= 0.01
+    p.grad[1, 0] = math.inf
+    optimizer.step()
+    state = optimizer.state[p]
+    assert (state["exp_avg_sq"][0] > 0).all()
+    for name in ("exp_avg_scale", "exp_avg_sq_scale", "prev_grad_scale"):
+        assert state[name].isnan().tolist() == [False, True]
+
+
 # ------------------------------------------------------------------ memory layouts
 
 
