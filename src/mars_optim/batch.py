@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .polar import MatrixView, PolarMethod
-from .state import Key
+from .state import Key, key_of
 
 Scalar = float | Tensor
 
@@ -80,7 +80,7 @@ class Batch:
     first_steps: bool = False  # no previous gradient exists yet
     has_prev: list[Tensor] | None = None  # 0 or 1 a tensor, where the host must not know them
     prev_coefficients: list[Tensor] | None = None  # s' a tensor; None: 1
-    keys: list[Key] | None = None  # of the random numbers that rounding asks for
+    salts: list[int] | None = None  # where rounding asks for random numbers: what sets each tensor's apart
     scaling: LossScaling | None = None
     packed: Batch | None = None  # what this one was unpacked from
 
@@ -91,6 +91,14 @@ class Batch:
     ratio: Weight = 1.0
     momentum_weights: tuple[Scalar, Scalar] = (1.0, 0.0)  # one-buffer form: of e_t and g_t in m_t
     clip: Weight | None = 1.0  # None: the backend measures ||c|| and clips to treatment.clip_norm as it goes
+
+    @property
+    def keys(self) -> list[Key] | None:
+        """The keys of the random numbers that rounding asks for; on the device where the step counts are."""
+        if self.salts is None:
+            return None
+        counts = [t if isinstance(t, Tensor) else int(t) for t in self.steps]
+        return [key_of(salt, count) for salt, count in zip(self.salts, counts, strict=True)]
 
     @property
     def momentum_name(self) -> str:

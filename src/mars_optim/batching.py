@@ -14,7 +14,7 @@ from .members import Member
 from .ownership import keep
 from .polar import update_scale
 from .preconditioners import PRECONDITIONERS
-from .state import is_q8, key_of, real, salt
+from .state import is_q8, real, salt
 
 # A member, its step count, its previous gradient, the coefficient of that, and its next previous gradient if kept.
 _Place = tuple[Member, float | Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -74,7 +74,7 @@ def _batch(
         owners=states,
         sign=-1.0 if group["maximize"] else 1.0,
         first_steps=has_prev is False,
-        has_prev=[s["has_prev"].clone() for s in states] if has_prev is None else None,
+        has_prev=list(torch.stack([s["has_prev"] for s in states]).unbind()) if has_prev is None else None,
         prev_coefficients=None if coefficients[0] is None else coefficients,
         scaling=scaling,
     )
@@ -84,14 +84,14 @@ def _batch(
         for state, grad in zip(states, kept, strict=True):
             state["prev_grad"] = grad
     if "has_prev" in states[0] and (not has_prev or group["first_step"] == "zero"):
-        for state in states:
-            if scaling is None:
-                state["has_prev"].fill_(1)
-            else:
-                state["has_prev"].copy_(torch.maximum(state["has_prev"], 1 - scaling.found_inf.reshape(())))
+        flags = [s["has_prev"] for s in states]
+        if scaling is None:
+            torch._foreach_clamp_min_(flags, 1.0)
+        else:
+            taken = (1 - scaling.found_inf.reshape(())).to(flags[0])
+            torch._foreach_maximum_(flags, [taken] * len(flags))
     if _takes_random_numbers(first.param, states[0], treatment):
-        counts = steps if group["capturable"] else [int(step) for step in steps]
-        batch.keys = [key_of(salt(member.index), count) for member, count in zip(members, counts, strict=True)]
+        batch.salts = [salt(member.index) for member in members]
     return batch
 
 

@@ -1,5 +1,7 @@
 """One step of all batches: norms, weights, preconditioned update, with state at hand or brought from the host."""
 
+# pyright: reportPrivateImportUsage=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -60,15 +62,21 @@ def _is_clipped(batch: Batch) -> bool:
 
 def _keep_coefficient(batch: Batch) -> None:
     """Remember the factor of this step's global clipping with the raw gradients that were kept."""
-    for state in batch.owners:
-        if "prev_grad" not in state:
-            continue
-        if isinstance(batch.steps[0], Tensor):  # capturable: addresses must stay
-            before, now = state["prev_coefficient"], torch.as_tensor(batch.coefficient)
-            if batch.scaling is not None:
-                now = torch.where(batch.scaling.found_inf.reshape(()) != 0, before, now)
-            before.copy_(now)
-        elif isinstance(batch.coefficient, Tensor):
+    states = [state for state in batch.owners if "prev_grad" in state]
+    if not states:
+        return
+    if isinstance(batch.steps[0], Tensor):  # capturable: addresses must stay
+        kept: list[Tensor] = [state["prev_coefficient"] for state in states]
+        now = batch.coefficient
+        now = now.to(kept[0]) if isinstance(now, Tensor) else torch.full_like(kept[0], now)
+        if batch.scaling is None:
+            torch._foreach_copy_(kept, [now] * len(kept))
+        else:
+            skips = batch.scaling.found_inf.reshape(()) != 0
+            torch._foreach_copy_(kept, list(torch.where(skips, torch.stack(kept), now).unbind()))
+        return
+    for state in states:
+        if isinstance(batch.coefficient, Tensor):
             state["prev_coefficient"] = batch.coefficient.detach()
         else:
             state.pop("prev_coefficient", None)

@@ -14,6 +14,7 @@ from mars_optim.batch import Batch
 
 from . import foreach, reference
 from .native_library import NativeUnavailable
+from .triton import TritonUnavailable
 from .unpacked import pack_, unpack
 
 __all__ = ["Backend", "pack_", "select", "unpack"]
@@ -90,22 +91,31 @@ def _fused(devices: set[str], params: Sequence[Tensor], *, required: bool) -> Ba
         if not required:
             return None
         cause = f"the fused kernels do not take parameters like {type(strange).__name__} of {strange.dtype}"
-    elif devices == {"cpu"}:
-        try:
+        return _unavailable(cause, devices, required=required)
+    try:
+        if devices == {"cpu"}:
             from . import native
 
             native.require()
             return native
-        except NativeUnavailable as error:
-            cause = str(error)
-    else:
+        if devices == {"cuda"}:
+            from . import triton
+
+            triton.require()
+            return triton
         if not required:
             return None
         cause = f"there are no fused kernels for parameters on {', '.join(sorted(devices))}"
+    except (NativeUnavailable, TritonUnavailable) as error:
+        cause = str(error)
+    return _unavailable(cause, devices, required=required)
+
+
+def _unavailable(cause: str, devices: set[str], *, required: bool) -> None:
     if required:
         raise RuntimeError(f"fused=True: {cause}; or use fused=None, which takes torch's functions")
-    _say_once(f"mars_optim: {cause}. The step uses torch's functions, about ten times slower.")
-    return None
+    slower = ", about ten times slower" if devices == {"cpu"} else ", in more passes over memory"
+    _say_once(f"mars_optim: {cause}. The step uses torch's functions{slower}.")
 
 
 def _is_plain(param: Tensor) -> bool:

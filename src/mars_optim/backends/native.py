@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mars_optim.batch import Batch, Weight
-from mars_optim.ownership import read_only_address
-from mars_optim.state import is_q8
 
 from .native_library import RECORD, Arithmetic, Call, Flag, Format, Op, Rounding, load, run
+from .operands import MOVES, Operands
 
 reads_storage = True
 unscales = False
@@ -70,33 +68,6 @@ def lion_(batch: Batch) -> None:
     _run(batch, Op.LION, scales=batch.update_scales)
 
 
-@dataclass
-class _Operands:
-    """Tensors in the memory layout of their parameter; those that were not get a copy, written back afterwards."""
-
-    layouts: list[tuple[int, ...]]
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
-
-    def addresses(self, tensors: list[Tensor] | None, *, writes: bool = False) -> list[int]:
-        if tensors is None:
-            return [0] * len(self.layouts)
-        address = Tensor.data_ptr if writes else read_only_address
-        return [address(self._laid_out(t, i, writes)) for i, t in enumerate(tensors)]
-
-    def _laid_out(self, tensor: Tensor, i: int, writes: bool) -> Tensor:
-        if tensor.stride() == self.layouts[i]:
-            return tensor
-        assert not is_q8(tensor)
-        copy = torch.empty_strided(tensor.shape, self.layouts[i], dtype=tensor.dtype).copy_(tensor)
-        self.copies.append((tensor if writes else copy, copy))
-        return copy
-
-    def write_back(self) -> None:
-        for tensor, copy in self.copies:
-            if tensor is not copy:
-                tensor.copy_(copy)
-
-
 def _run(
     batch: Batch,
     op: Op,
@@ -105,35 +76,11 @@ def _run(
     scales: list[float] | None = None,
     sums: Tensor | None = None,
 ) -> None:
-    count, treatment, state = len(batch.params), batch.treatment, batch.state
-    operands = _Operands([_dense_strides(p) for p in batch.params])
-    lr, no = float(treatment.lr), [0] * count
-    moves, averages = op in (Op.ADAMW, Op.LION, Op.DESCEND), op in (Op.ADAMW, Op.LION, Op.MOMENTUM)
-    reads_gradient = op != Op.DESCEND
-
-    def entry(name: str, wanted: bool) -> list[int]:
-        return operands.addresses(state[name], writes=True) if wanted and name in state else no
-
-    def plain(name: str, wanted: bool) -> list[int]:
-        return [t.data_ptr() for t in state[name]] if wanted and name in state else no
-
+    count, treatment = len(batch.params), batch.treatment
+    operands, lr, no, keys = Operands(batch), float(treatment.lr), [0] * count, batch.keys
     columns: list[Iterable[float]] = [
-        [p.numel() for p in batch.params],
-        operands.addresses(batch.params, writes=True) if moves else no,
-        entry("param_remainder", moves),
-        operands.addresses(batch.grads) if reads_gradient else no,
-        operands.addresses(batch.prev_grads) if reads_gradient else no,
-        plain("prev_grad_scale", reads_gradient and batch.prev_grads is not None),
-        operands.addresses(batch.next_grads, writes=True) if averages else no,
-        plain("prev_grad_scale", averages and batch.next_grads is not None),
-        entry(batch.momentum_name, averages),
-        plain(f"{batch.momentum_name}_scale", averages),
-        entry("exp_avg_sq", op == Op.ADAMW),
-        plain("exp_avg_sq_scale", op == Op.ADAMW),
-        entry("max_exp_avg_sq", op == Op.ADAMW),
-        plain("max_exp_avg_sq_scale", op == Op.ADAMW),
-        operands.addresses(out, writes=op == Op.MOMENTUM),
-        no if batch.keys is None else [int(key) for key in batch.keys],
+        *operands.columns(op, out),
+        no if keys is None else [int(key) for key in keys],
         *_weights(batch, op),
         [1 - lr * treatment.weight_decay] * count,
         _step_sizes(batch, op, lr, scales),
@@ -145,7 +92,7 @@ def _run(
     run(_call(batch, op, out), records, count, None if sums is None else sums.data_ptr())
     operands.write_back()
     # Autograd has to learn that the values it may have saved are gone.
-    increment_version(batch.params if moves else out if op == Op.MOMENTUM and out else ())
+    increment_version(batch.params if op in MOVES else out if op == Op.MOMENTUM and out else ())
 
 
 def _call(batch: Batch, op: Op, out: list[Tensor] | None) -> Call:
@@ -154,7 +101,7 @@ def _call(batch: Batch, op: Op, out: list[Tensor] | None) -> Call:
     flags = (
         (Flag.ONE_BUFFER if treatment.one_buffer else 0)
         | (Flag.AMSGRAD if treatment.amsgrad and op == Op.ADAMW else 0)
-        | (0 if batch.keys is None else Flag.STOCHASTIC_M | Flag.STOCHASTIC_V)
+        | (0 if batch.salts is None else Flag.STOCHASTIC_M | Flag.STOCHASTIC_V)
     )
     clips = batch.clip is None and op in (Op.ADAMW, Op.LION, Op.MOMENTUM)
     return Call(
@@ -202,8 +149,3 @@ def _step_sizes(batch: Batch, op: Op, lr: float, scales: list[float] | None) -> 
         beta1 = batch.treatment.beta1
         return [lr * scale / (1 - beta1 ** float(t)) for scale, t in zip(scales, batch.steps, strict=True)]
     return [lr * scale for scale in scales]
-
-
-def _dense_strides(param: Tensor) -> tuple[int, ...]:
-    """The strides of the state of a parameter: its own where it is dense."""
-    return param.stride() if param.is_contiguous() else torch.empty_like(param).stride()

@@ -42,8 +42,9 @@ def pack_(batch: Batch) -> None:
     packed = batch.packed
     if packed is None:
         return
+    keys = packed.keys
     for i in range(len(packed.params)):
-        random = None if packed.keys is None else random_bits(packed.keys[i], packed.params[i])
+        random = None if keys is None else random_bits(keys[i], packed.params[i])
         for name, values in batch.state.items():
             stored = packed.state[name][i]
             if stored is not values[i]:
@@ -51,8 +52,8 @@ def pack_(batch: Batch) -> None:
         if packed.params[i] is not batch.params[i]:
             rest = _entry(packed, "param_remainder", i)
             bits = None
-            if packed.keys is not None and packed.treatment.rounds_params_stochastically:
-                bits = random_bits(packed.keys[i] ^ 0x5BD1E995, packed.params[i])
+            if keys is not None and packed.treatment.rounds_params_stochastically:
+                bits = random_bits(keys[i] ^ 0x5BD1E995, packed.params[i])
             encode_weight_(packed.params[i], rest, batch.params[i], bits)
         if packed.next_grads is not None:
             encode_(

@@ -43,7 +43,8 @@ template <class F>
 static void compensate(const float* __restrict x, int n, uint16_t* __restrict p, uint16_t* __restrict extra) {
     for (int i = 0; i < n; ++i) {
         p[i] = round_nearest<F>(x[i]);
-        extra[i] = round_nearest<F>(x[i] - F::widen(p[i]));
+        const float rest = x[i] - F::widen(p[i]);
+        extra[i] = round_nearest<F>(rest - rest == 0 ? rest : 0.0f);  // inf - inf is no remainder
     }
 }
 
