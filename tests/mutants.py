@@ -430,7 +430,12 @@ MUTANTS = [
     mutant("native: c_t kept", "if (kKeep) keep(prev, i, g[i]);", "if (kKeep) keep(prev, i, c);", (NATIVE, "")),
     mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "")),
     mutant("native: ratio ignored", "b * (ratio * g[i] -", "b * (g[i] -", (NATIVE, "")),
-    mutant("native: products of the difference", "go += gi * other", "go += gi * (gi - other)", (NATIVE, "")),
+    mutant(
+        "native: products of the difference",
+        "go = add_product(gi, other, go, T())",
+        "go = add_product(gi, gi - other, go, T())",
+        (NATIVE, ""),
+    ),
     mutant("native: amsgrad loses nan", "return x >= y || x != x ? x : y;", "return x >= y ? x : y;", (NATIVE, "")),
     mutant("native: another hash", "h ^= h >> 13", "h ^= h >> 14", (NATIVE, "")),
     mutant("native: a second moment of zero", "code == 0 && x > 0 ? 1 : code", "code", (NATIVE, "")),

@@ -133,6 +133,8 @@ DEFAULTS = {
     "decay": 1.0,
     "step_size": 0.0,
     "inv_sqrt_bias2": 1.0,
+    "g_norm": np.inf,
+    "prev_norm": np.inf,
 }
 
 

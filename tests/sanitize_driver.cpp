@@ -63,7 +63,7 @@ struct Tensor {
         auto scales = [](const Memory& memory) { return reinterpret_cast<float*>(memory.data()); };
         return {n, x.data(), extra.data(), g.data(), prev.data(), scales(prev_scale), prev.data(), scales(prev_scale),
                 m.data(), scales(m_scale), v.data(), scales(v_scale), vmax.data(), scales(vmax_scale), out.data(),
-                0xfedcba9876543210u, 0.9, 0.3, 0.7, 0.8, 0.1, 0.99, 1e-2, 2.0};
+                0xfedcba9876543210u, 0.9, 0.3, 0.7, 0.8, 0.1, 0.99, 1e-2, 2.0, HUGE_VAL, n % 2 ? HUGE_VAL : 0.1};
     }
 };
 

@@ -508,3 +508,30 @@ def test_offloaded_state_takes_the_same_steps(
     for p, q in zip(*results, strict=True):
         assert math.isfinite(float(real(p).sum()))
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------ clips recognised by a bound
+
+
+@pytest.mark.parametrize("mars_type", ["adamw", "lion", "m"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 1.0}, {"state_precision": "bf16"}, {"state_precision": "8bit"}], ids=str
+)
+def test_a_bound_finds_what_measuring_finds(mars_type: str, options: dict[str, Any]) -> None:
+    """Norms of g and g' spare reading g' where they say that nothing is clipped; gradients here jump about."""
+    sizes = [0.01, 0.01, 0.012, 3.0, 2.0, 0.02, 0.02, 0.2, 0.25, 0.3, 0.02, 50.0, 0.01, 0.01]
+    results: list[list[nn.Parameter]] = []
+    for knows_norms in (True, False):
+        parameters = matrices()
+        optimizer = MARS(parameters, mars_type=mars_type, fused=True, gamma=0.3, lr=0.01, **options, **SVD)
+        for t, size in enumerate(sizes):
+            generator = torch.Generator().manual_seed(t)
+            for i, p in enumerate(parameters):
+                p.grad = torch.randn(p.shape, generator=generator) * size * (1 + i) / p.numel() ** 0.5
+            if not knows_norms:
+                optimizer._norms.clear()
+            optimizer.step()
+            assert len(optimizer._norms) >= 2
+        results.append(parameters)
+    for p, q in zip(*results, strict=True):
+        assert torch.equal(p, q)

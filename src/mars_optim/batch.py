@@ -81,11 +81,15 @@ class Batch:
     has_prev: list[Tensor] | None = None  # 0 or 1 a tensor, where the host must not know them
     prev_coefficients: list[Tensor] | None = None  # s' a tensor; None: 1
     salts: list[int] | None = None  # where rounding asks for random numbers: what sets each tensor's apart
+    indices: list[int] | None = None  # among all parameters of the optimizer
+    prev_norms: list[float] | None = None  # approx: ||g'||, inf where unknown
+    norms: dict[int, float] | None = None  # where a backend that finds ||g|| leaves it for the next step, by index
     scaling: LossScaling | None = None
     packed: Batch | None = None  # what this one was unpacked from
 
     # Set by `correction.weigh`: c~ = clip * (grad_weight * g + difference_weight * (ratio * g - g')).
     coefficient: Scalar = 1.0  # s: s g is the gradient "as the step saw it"
+    grad_norms: Tensor | None = None  # ||g|| of each tensor where it is known before the step
     grad_weight: Weight = 1.0
     difference_weight: Weight = 0.0
     ratio: Weight = 1.0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,9 +21,12 @@ from .state import is_q8, real, salt
 _Place = tuple[Member, float | Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def make_batches(members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None = None) -> list[Batch]:
+def make_batches(
+    members: Sequence[Member], group: dict[str, Any], norms: dict[int, float], scaling: LossScaling | None = None
+) -> list[Batch]:
     """Advance the step counts of a group's members and sort their tensors into batches.
 
+    `norms` holds the length of each parameter's previous gradient, by index, where the last step has found it.
     Tensors whose step is their first have batches of their own, without previous gradients. Under `capturable` the
     host does not know which they are; then the flags go along as tensors.
     """
@@ -38,7 +42,7 @@ def make_batches(members: Sequence[Member], group: dict[str, Any], scaling: Loss
         by_kind.setdefault((*kind, None if prev is None else prev.dtype), []).append(
             (member, step, prev, coefficient, kept)
         )
-    return [_batch(places, group, kind[0], scaling) for kind, places in by_kind.items()]
+    return [_batch(places, group, kind[0], norms, scaling) for kind, places in by_kind.items()]
 
 
 def _advance(members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None) -> Sequence[float | Tensor]:
@@ -54,7 +58,11 @@ def _advance(members: Sequence[Member], group: dict[str, Any], scaling: LossScal
 
 
 def _batch(
-    places: Sequence[_Place], group: dict[str, Any], has_prev: bool | None, scaling: LossScaling | None
+    places: Sequence[_Place],
+    group: dict[str, Any],
+    has_prev: bool | None,
+    norms: dict[int, float],
+    scaling: LossScaling | None,
 ) -> Batch:
     """Return the batch of places of one kind, and leave in the states what the next step needs of it."""
     members, steps, prev_grads, coefficients, kept = (list(column) for column in zip(*places, strict=True))
@@ -77,7 +85,12 @@ def _batch(
         has_prev=list(torch.stack([s["has_prev"] for s in states]).unbind()) if has_prev is None else None,
         prev_coefficients=None if coefficients[0] is None else coefficients,
         scaling=scaling,
+        norms=norms,
+        indices=[member.index for member in members],
     )
+    # Whoever replaces the previous gradient says how long the new one is, or nobody knows.
+    known = [norms.pop(member.index, math.inf) for member in members]
+    batch.prev_norms = known if group["is_approx"] else None
     if "prev_grad" in states[0] and kept[0] is None:
         batch.next_grads = [view(s["prev_grad"]) for s in states]
     elif "prev_grad" in states[0]:

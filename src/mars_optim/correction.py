@@ -16,6 +16,7 @@ In the one-buffer form e_t averages s g instead of c. A start at g'_1 = g_1 diff
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,14 +31,17 @@ _NORM_EPS = 1e-6
 def products_of(batch: Batch, backend: Backend) -> Tensor | None:
     """Return the sums that the norms of a batch need; None where it needs none."""
     measured_later = batch.treatment.clip_norm is None or backend.measures_clip
-    return None if measured_later and batch.treatment.max_grad_norm is None else backend.gradient_products(batch)
+    if measured_later and batch.treatment.max_grad_norm is None:
+        return None
+    return backend.gradient_products(replace(batch, prev_grads=None) if backend.bounds_clip else batch)
 
 
-def weigh(batch: Batch, product: Tensor | None, total: Tensor | None) -> None:
+def weigh(batch: Batch, backend: Backend, product: Tensor | None, total: Tensor | None) -> None:
     """Set s, the weights of g and g', and the clip factor of a batch. No host sync.
 
     Args:
         batch: the batch.
+        backend: its backend.
         product: its `products_of`.
         total: the norm of all gradients in groups with a `max_grad_norm`; see `total_norm`.
     """
@@ -52,8 +56,9 @@ def weigh(batch: Batch, product: Tensor | None, total: Tensor | None) -> None:
     _set_weights(batch)
     if clip_norm is None:
         batch.clip = 1.0
-    elif product is None:
+    elif product is None or backend.bounds_clip:
         batch.clip = None
+        batch.grad_norms = None if product is None else product[:, 0].sqrt()
     else:
         clip = clip_norm / _corrected_norm(batch, product).clamp(min=clip_norm)
         batch.clip = clip.to(_scalar_dtype(batch))

@@ -141,6 +141,7 @@ class MARS(Optimizer):
         self._inside_previous_params = False
         self._lanes: dict[torch.device, Lane] = {}
         self._completed: Completed = {}
+        self._norms: dict[int, float] = {}
         self._keeps_params = False
         super().__init__(cast("Iterable[Tensor]", params), defaults)
 
@@ -216,7 +217,7 @@ class MARS(Optimizer):
             if of_group:
                 backend = backends.select(group)
                 made = offloaded if group["offload_state"] else resident
-                made += [(batch, backend) for batch in make_batches(of_group, group, scaling)]
+                made += [(batch, backend) for batch in make_batches(of_group, group, self._norms, scaling)]
         update_(resident, offloaded, self._lanes)
 
     @contextmanager
@@ -379,6 +380,7 @@ class MARS(Optimizer):
         self._inside_previous_params = False
         self._lanes = {}
         self._completed = {}
+        self._norms = {}
         self._keeps_params = True  # perhaps: the state may hold previous parameters
         for i, group in enumerate(self.param_groups):
             for name, value in defaults.items():

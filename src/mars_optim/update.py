@@ -50,7 +50,7 @@ def update_(
 
 
 def _update_one(batch: Batch, backend: Backend, product: Tensor | None, total: Tensor | None) -> None:
-    weigh(batch, product, total)
+    weigh(batch, backend, product, total)
     PRECONDITIONERS[batch.treatment.preconditioner].update_(backend, batch)
     backends.pack_(batch)
     _keep_coefficient(batch)

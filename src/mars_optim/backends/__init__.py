@@ -30,6 +30,7 @@ class Backend(Protocol):
     """What every backend has, over the lists of a batch. None of them hands out c_t.
 
     Attributes:
+        bounds_clip: wants of the products g.g alone, since norms of g and g' mostly tell that there is nothing to clip.
         reads_storage: takes batches as stored; the others are given unpacked ones.
         unscales: does nothing, on the device, where a batch's `scaling.found_inf` is 1.
         measures_clip: can find ||c_t|| within the step, so that no products are needed without global clipping.
@@ -37,6 +38,7 @@ class Backend(Protocol):
 
     reads_storage: bool
     measures_clip: bool
+    bounds_clip: bool
     unscales: bool
 
     def gradient_products(self, batch: Batch) -> Tensor:

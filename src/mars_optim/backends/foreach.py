@@ -12,6 +12,7 @@ from .reference import gradient_products
 
 __all__ = [
     "adamw_",
+    "bounds_clip",
     "descend_",
     "gradient_products",
     "lion_",
@@ -25,6 +26,7 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 reads_storage = False
 unscales = False
 measures_clip = False
+bounds_clip = False
 
 
 def momentum_(batch: Batch) -> list[Tensor]:

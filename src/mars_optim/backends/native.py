@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -17,6 +18,7 @@ from .operands import MOVES, Operands
 reads_storage = True
 unscales = False
 measures_clip = True
+bounds_clip = True
 
 _FORMATS = {
     torch.float32: Format.F32,
@@ -85,14 +87,40 @@ def _run(
         [1 - lr * treatment.weight_decay] * count,
         _step_sizes(batch, op, lr, scales),
         [(1 - treatment.beta2 ** float(t)) ** -0.5 for t in batch.steps] if op == Op.ADAMW else no,
+        [math.inf] * count if batch.grad_norms is None else _each(batch.grad_norms, count),
+        _previous_norms(batch),
     ]
     records = bytearray(RECORD.size * count)
     for i, row in enumerate(zip(*columns, strict=True)):
         RECORD.pack_into(records, i * RECORD.size, *row)
-    run(_call(batch, op, out), records, count, None if sums is None else sums.data_ptr())
+    call = _call(batch, op, out)
+    if call.clip_norm > 0 and batch.grad_norms is None:
+        sums = torch.full((count, 3), math.inf, dtype=torch.float64)
+    run(call, records, count, None if sums is None else sums.data_ptr())
+    if call.clip_norm > 0:
+        _keep_norms(batch, sums[:, 0].sqrt() if batch.grad_norms is None and sums is not None else batch.grad_norms)
     operands.write_back()
     # Autograd has to learn that the values it may have saved are gone.
     increment_version(batch.params if op in MOVES else out if op == Op.MOMENTUM and out else ())
+
+
+# What storing a previous gradient may add to its norm: half a spacing of bf16, or of 8-bit codes at worst.
+_NORM_GROWTH = {torch.bfloat16: 1.01, torch.float16: 1.01, torch.int8: 1.05}
+
+
+def _previous_norms(batch: Batch) -> list[float]:
+    if batch.prev_norms is None or batch.prev_grads is None:
+        return [math.inf] * len(batch.params)
+    growth = _NORM_GROWTH.get(batch.prev_grads[0].dtype, 1.0) if batch.prev_grads else 1.0
+    return [growth * norm for norm in batch.prev_norms]
+
+
+def _keep_norms(batch: Batch, norms: Tensor | None) -> None:
+    """Leave the norms of the gradients that were kept for the next step's bound."""
+    if norms is None or batch.norms is None or batch.indices is None:
+        return
+    for index, norm in zip(batch.indices, _each(norms, len(batch.params)), strict=True):
+        batch.norms[index] = norm
 
 
 def _call(batch: Batch, op: Op, out: list[Tensor] | None) -> Call:

@@ -130,8 +130,10 @@ RECORD_FIELDS = (
     "decay",
     "step_size",
     "inv_sqrt_bias2",
+    "g_norm",
+    "prev_norm",
 )
-RECORD = struct.Struct("=q15Q8d")
+RECORD = struct.Struct("=q15Q10d")
 
 _MEANINGS = {
     1: "the call's op, formats, rounding or sums do not go together",
@@ -148,7 +150,9 @@ class Library:
     isa: Isa
 
     def run(self, call: Call, records: Memory, count: int, sums: Memory | None = None) -> None:
-        """Work through `count` records, packed by `RECORD`; PRODUCTS writes three doubles a record to `sums`.
+        """Work through `count` records, packed by `RECORD`.
+
+        PRODUCTS writes three doubles a record to `sums`. Operations that clip write g.g to the first of them.
 
         Blocks until done, without the GIL.
 

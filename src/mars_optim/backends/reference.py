@@ -10,6 +10,7 @@ from mars_optim.batch import Batch, Scalar, Weight
 reads_storage = False
 unscales = False
 measures_clip = False
+bounds_clip = False
 
 
 def gradient_products(batch: Batch) -> Tensor:

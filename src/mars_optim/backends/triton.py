@@ -36,6 +36,7 @@ from .triton_tables import block_map, leave_spare, table, upload
 reads_storage = True
 unscales = True
 measures_clip = True
+bounds_clip = False
 
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 

@@ -37,7 +37,7 @@ struct Call {
     double clip_norm;  // <= 0: no clipping by the norm of c
 };
 
-// One tensor: 24 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone.
+// One tensor: 26 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone.
 struct Record {
     int64_t n;
     void* x;
@@ -63,8 +63,10 @@ struct Record {
     double decay;  // x <- decay x - step_size * direction
     double step_size;
     double inv_sqrt_bias2;
+    double g_norm;     // the 2-norms of g and of g' where the caller knows them (of g' an upper bound will do), else
+    double prev_norm;  // infinity: with them a clip that is not needed is recognised without reading g'
 };
-static_assert(sizeof(Call) == 80 && sizeof(Record) == 24 * 8, "native_library.py packs these by hand");
+static_assert(sizeof(Call) == 80 && sizeof(Record) == 26 * 8, "native_library.py packs these by hand");
 
 // What each level of the instruction set provides: the same functions over a range of one tensor's elements that starts
 // at a multiple of kQ8Block. `measure` adds nothing up across calls: it overwrites sums[0..2].

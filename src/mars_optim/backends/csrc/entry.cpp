@@ -22,7 +22,10 @@ namespace {
 
 constexpr int64_t kChunk = 32768;  // elements a task; whole blocks of kQ8Block
 static_assert(kChunk % kQ8Block == 0, "a scale belongs to one task");
-constexpr int64_t kWindow = 1 << 20;  // elements measured before they are updated: g and g' of these stay in the cache
+constexpr int64_t kWindow = 1 << 17;  // elements measured before they are updated: g and g' of these stay in the cache
+
+// What a tensor's clip factor takes: nothing, since a bound says 1; g alone, since the bound probably will; or all of c.
+enum class Reads : uint8_t { kNothing, kGradient, kAll };
 
 struct Task {
     bool measures;
@@ -42,7 +45,12 @@ public:
             partial_.resize(3 * size_t(first_.back()));
             clip_.resize(size_t(count), 1.0);
             pending_.reset(new std::atomic<int64_t>[size_t(count)]);
-            for (int64_t t = 0; t < count; ++t) pending_[size_t(t)].store(chunks_of(t), std::memory_order_relaxed);
+            reads_.resize(size_t(count), Reads::kAll);
+            for (int64_t t = 0; t < count; ++t) {
+                if (call.op != kProducts) reads_[size_t(t)] = reads(records[t]);
+                const bool knows = reads_[size_t(t)] == Reads::kNothing;
+                pending_[size_t(t)].store(knows ? kConcluded : chunks_of(t), std::memory_order_relaxed);
+            }
         }
         if (sums) std::fill(sums, sums + 3 * count, 0.0);
         order();
@@ -69,7 +77,8 @@ private:
             if (elements < kWindow && t + 1 < count_) continue;
             if (measures_)
                 for (int64_t i = begin; i <= t; ++i)
-                    for (int64_t c = 0; c < chunks_of(i); ++c) tasks_.push_back({true, i, c});
+                    for (int64_t c = 0; c < chunks_of(i) && reads_[size_t(i)] != Reads::kNothing; ++c)
+                        tasks_.push_back({true, i, c});
             if (call_.op != kProducts)
                 for (int64_t i = t; i >= begin; --i)
                     for (int64_t c = chunks_of(i); c-- > 0;) tasks_.push_back({false, i, c});
@@ -90,8 +99,31 @@ private:
 
     void measure(const Task& task, const Record& record, int64_t start, int64_t length) {
         double* chunk_sums = &partial_[3 * size_t(first_[size_t(task.tensor)] + task.chunk)];
-        kernels_.measure(call_, record, start, length, chunk_sums);
+        if (reads_[size_t(task.tensor)] == Reads::kAll) kernels_.measure(call_, record, start, length, chunk_sums);
+        if (call_.op != kProducts) chunk_sums[1] = squares_of_g(record, start, length);
         if (pending_[size_t(task.tensor)].fetch_sub(1, std::memory_order_acq_rel) == 1) conclude(task.tensor);
+    }
+
+    double squares_of_g(Record record, int64_t start, int64_t length) const {
+        Call call = call_;
+        call.op = kProducts;
+        record.prev = nullptr;
+        double sums[3];
+        kernels_.measure(call, record, start, length, sums);
+        return sums[0];
+    }
+
+    // ||c|| <= |a + b ratio| ||g|| + |b| ||g'||
+    static double bound(const Record& r, double g_norm) {
+        if (!r.prev || r.b == 0) return std::fabs(r.a) * g_norm;
+        return std::fabs(r.a + r.b * r.ratio) * g_norm + std::fabs(r.b) * r.prev_norm;
+    }
+
+    // Norms of successive gradients are much alike: where last step's would do with some room, g is asked first.
+    Reads reads(const Record& r) const {
+        if (bound(r, r.g_norm) <= call_.clip_norm) return Reads::kNothing;
+        const bool is_likely = r.prev && std::isinf(r.g_norm) && bound(r, 1.25 * r.prev_norm) <= call_.clip_norm;
+        return is_likely ? Reads::kGradient : Reads::kAll;
     }
 
     // By whichever thread measured a tensor's last chunk.
@@ -103,9 +135,23 @@ private:
             std::copy(total, total + 3, sums_ + 3 * t);
             return;
         }
-        const double norm = std::sqrt(total[0]);
+        if (sums_) sums_[3 * t] = total[1];
+        double norm = std::sqrt(total[0]);
+        if (reads_[size_t(t)] == Reads::kGradient) {
+            norm = bound(records_[t], std::sqrt(total[1]));
+            if (!(norm <= call_.clip_norm)) norm = norm_of_c(records_[t]);  // it grew: seldom
+        }
         clip_[size_t(t)] = norm <= call_.clip_norm ? 1.0 : call_.clip_norm / norm;
         pending_[size_t(t)].store(kConcluded, std::memory_order_release);
+    }
+
+    double norm_of_c(const Record& record) const {
+        double total = 0, sums[3];
+        for (int64_t start = 0; start < record.n; start += kChunk) {
+            kernels_.measure(call_, record, start, std::min(kChunk, record.n - start), sums);
+            total += sums[0];
+        }
+        return std::sqrt(total);
     }
 
     // Waits, briefly: everything that the norm needs was taken by running threads before this task.
@@ -127,6 +173,7 @@ private:
     std::vector<Task> tasks_;
     std::vector<double> partial_;  // three sums a chunk
     std::vector<double> clip_;
+    std::vector<Reads> reads_;
     std::unique_ptr<std::atomic<int64_t>[]> pending_;  // chunks of each tensor yet to be measured
     std::atomic<size_t> next_{0};
 };
@@ -156,11 +203,12 @@ MARS_EXPORT int32_t mars_isa_levels() {
     return levels;
 }
 
-// `sums`: three doubles a tensor, for kProducts alone. Returns a Status.
+// `sums`: three doubles a tensor, for kProducts; else null, or g.g in the first of each where there is a clip to find.
+// Returns a Status.
 MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Record* records, int64_t count,
                              double* sums) {
     using namespace mars;
-    if (!is_valid(*call) || (call->op == kProducts) != (sums != nullptr)) return kBadCall;
+    if (!is_valid(*call) || (call->op == kProducts && !sums)) return kBadCall;
     const Kernels* kernels = kernels_for(isa, call->arithmetic);
     if (!kernels) return kBadIsa;
     try {

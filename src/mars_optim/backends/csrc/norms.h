@@ -5,13 +5,23 @@
 constexpr int kLanes = 32;
 constexpr int kRun = kBlock / kLanes;
 
+// A product of two fp32 numbers is exact in double, so that a fused multiply-add rounds as a separate one does.
+static inline double add_product(double x, double y, double sum, float) {
+#ifdef __FMA__
+    return __builtin_fma(x, y, sum);
+#else
+    return x * y + sum;
+#endif
+}
+static inline double add_product(double x, double y, double sum, double) { return x * y + sum; }
+
 template <bool kPrev, class T, class P>
 static void add_squares(const T* __restrict g, const P* __restrict prev, T a, T b, T ratio, double* __restrict cc) {
     for (int j = 0; j < kLanes; ++j) {
         double sum = 0;
         for (int k = 0; k < kRun; ++k) {
             const double c = double(corrected<kPrev>(g, prev, j + k * kLanes, a, b, ratio));
-            sum += c * c;
+            sum = add_product(c, c, sum, T());
         }
         cc[j] += sum;
     }
@@ -24,9 +34,9 @@ static void add_products(const T* __restrict g, const P* __restrict prev, double
         double gg = 0, go = 0, oo = 0;
         for (int k = 0; k < kRun; ++k) {
             const double gi = double(g[j + k * kLanes]), other = double(get<T>(prev, j + k * kLanes));
-            gg += gi * gi;
-            go += gi * other;
-            oo += other * other;
+            gg = add_product(gi, gi, gg, T());
+            go = add_product(gi, other, go, T());
+            oo = add_product(other, other, oo, T());
         }
         sums[j] += gg;
         sums[j + kLanes] += go;
