@@ -14,7 +14,7 @@ test: $(VENV)/.ready
 
 # What only a CUDA device can show; visibly skipped without one.
 gpu: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/test_gpu.py -v -rs
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_polar_triton.py -v -rs
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
