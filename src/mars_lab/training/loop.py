@@ -155,7 +155,7 @@ class Run:
 
     def _autocast(self) -> torch.autocast:
         device_type = torch.device(self.config.device).type
-        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision != "fp32")
+        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision.startswith("bf16"))
 
     def _load(self, state: dict[str, Any]) -> None:
         if state["data"] != self.task.fingerprint:

@@ -104,7 +104,7 @@ def build(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Step
         weight_decay_1d=config.weight_decay_1d,
         gamma=config.gamma,
         clip_norm=config.clip_norm,
-        polar_dtype=torch.bfloat16 if train.precision != "fp32" else None,
+        polar_dtype=torch.bfloat16 if train.precision.startswith("bf16") else None,
     )
     mars = MARS(
         groups,
