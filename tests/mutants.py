@@ -425,23 +425,28 @@ MUTANTS = [
         (MEMORY, "offloaded"),
     ),
     # The native kernels: each is built anew.
-    mutant("native: clip factor upside down", "call_.clip_norm / norm", "norm / call_.clip_norm", (NATIVE, "")),
-    mutant("native: v of c", "k.rest2 * (c * c)", "k.rest2 * c", (NATIVE, "")),
-    mutant("native: c_t kept", "if (kKeep) keep(prev, i, g[i]);", "if (kKeep) keep(prev, i, c);", (NATIVE, "")),
-    mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "")),
-    mutant("native: ratio ignored", "b * (ratio * g[i] -", "b * (g[i] -", (NATIVE, "")),
+    mutant("native: clip factor upside down", "call_.clip_norm / norm", "norm / call_.clip_norm", (NATIVE, "test_")),
+    mutant("native: v of c", "k.rest2 * (c * c)", "k.rest2 * c", (NATIVE, "test_")),
+    mutant("native: c_t kept", "if (kKeep) keep(prev, i, g[i]);", "if (kKeep) keep(prev, i, c);", (NATIVE, "test_")),
+    mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "test_")),
+    mutant("native: ratio ignored", "b * (ratio * g[i] -", "b * (g[i] -", (NATIVE, "test_")),
     mutant(
         "native: products of the difference",
         "go = add_product(gi, other, go, T())",
         "go = add_product(gi, gi - other, go, T())",
-        (NATIVE, ""),
+        (NATIVE, "test_"),
     ),
-    mutant("native: amsgrad loses nan", "return x >= y || x != x ? x : y;", "return x >= y ? x : y;", (NATIVE, "")),
-    mutant("native: another hash", "h ^= h >> 13", "h ^= h >> 14", (NATIVE, "")),
-    mutant("native: a second moment of zero", "code == 0 && x > 0 ? 1 : code", "code", (NATIVE, "")),
-    mutant("native: fp16 subnormals", "magnitude < 0x400 ? subnormal : bits", "bits", (NATIVE, "")),
     mutant(
-        "native: remainder rounded down", "F::round(x[i], 1u << (F::kDropped - 1))", "F::round(x[i], 0)", (NATIVE, "")
+        "native: amsgrad loses nan", "return x >= y || x != x ? x : y;", "return x >= y ? x : y;", (NATIVE, "test_")
+    ),
+    mutant("native: another hash", "h ^= h >> 13", "h ^= h >> 14", (NATIVE, "test_")),
+    mutant("native: a second moment of zero", "code == 0 && x > 0 ? 1 : code", "code", (NATIVE, "test_")),
+    mutant("native: fp16 subnormals", "magnitude < 0x400 ? subnormal : bits", "bits", (NATIVE, "test_")),
+    mutant(
+        "native: remainder rounded down",
+        "F::round(x[i], 1u << (F::kDropped - 1))",
+        "F::round(x[i], 0)",
+        (NATIVE, "test_"),
     ),
     # Polar factors.
     mutant("no restart", "count = -(-steps // 3)", "count = 1", (POLAR, "form_and_restarts")),
