@@ -360,7 +360,13 @@ def test_memory_that_others_hold_is_copied(backend: str) -> None:
         optimizer.step()
         assert not shares_memory(optimizer.state[p]["prev_grad"], p.grad)
         del held
-    for grad in (torch.ones(9, 4)[:4], torch.ones(4, 8)[:, ::2], torch.ones(4, 4).share_memory_()):
+    # Of the second nobody else holds the memory, but to keep it would keep all nine rows.
+    for grad in (
+        torch.ones(9, 4)[:4],
+        torch.ones(9, 4)[:4].detach(),
+        torch.ones(4, 8)[:, ::2],
+        torch.ones(4, 4).share_memory_(),
+    ):
         p = nn.Parameter(torch.ones(4, 4))
         optimizer = MARS([p], **BACKENDS[backend])
         p.grad = grad
