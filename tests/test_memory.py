@@ -199,6 +199,18 @@ def test_small_updates_are_not_lost(backend: str, rounding: str, dtype: torch.dt
 
 
 @backends
+@pytest.mark.parametrize("rounding", ["kahan", "remainder8", "remainder16"])
+def test_a_weight_that_overflows_is_inf_and_has_no_remainder(backend: str, rounding: str) -> None:
+    p = nn.Parameter(torch.full((4, 40), 6e4, dtype=torch.float16))
+    optimizer = MARS([p], lr=1e4, mars_type="lion", param_rounding=rounding, **BACKENDS[backend])
+    for _ in range(2):
+        p.grad = -torch.ones_like(p)
+        optimizer.step()
+        assert torch.isposinf(p).all()
+        assert torch.count_nonzero(optimizer.state[p]["param_remainder"]) == 0
+
+
+@backends
 @pytest.mark.parametrize("before", ["fp32", "bf16", "8bit"])
 @pytest.mark.parametrize("after", ["fp32", "bf16", "8bit"])
 def test_checkpoints_move_between_precisions_and_backends(backend: str, before: str, after: str) -> None:
