@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .polar import MatrixView, PolarMethod
+from .sharding import Spread
 from .state import Key, key_of
 
 Scalar = float | Tensor
@@ -86,6 +87,8 @@ class Batch:
     norms: dict[int, float] | None = None  # where a backend that finds ||g|| leaves it for the next step, by index
     scaling: LossScaling | None = None
     packed: Batch | None = None  # what this one was unpacked from
+    spread: Spread | None = None  # the tensors are pieces of what ranks hold together, or copies of what all hold
+    shapes: list[tuple[int, ...]] | None = None  # of the whole tensors
 
     # Set by `correction.weigh`: c~ = clip * (grad_weight * g + difference_weight * (ratio * g - g')).
     coefficient: Scalar = 1.0  # s: s g is the gradient "as the step saw it"
@@ -95,6 +98,11 @@ class Batch:
     ratio: Weight = 1.0
     momentum_weights: tuple[Scalar, Scalar] = (1.0, 0.0)  # one-buffer form: of e_t and g_t in m_t
     clip: Weight | None = 1.0  # None: the backend measures ||c|| and clips to treatment.clip_norm as it goes
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the tensors are pieces, whose sums are not those of the whole."""
+        return self.spread is not None and self.spread.shard_group is not None
 
     @property
     def keys(self) -> list[Key] | None:

@@ -39,7 +39,7 @@ def make_batches(
         kept = None if scaling is not None else _take(member, group)
         p, grad = member.param, member.grad
         kind = (has_prev, id(member.treatment), p.device, p.dtype, grad.dtype, kept is None, coefficient is None)
-        by_kind.setdefault((*kind, None if prev is None else prev.dtype), []).append(
+        by_kind.setdefault((*kind, None if prev is None else prev.dtype, member.spread), []).append(
             (member, step, prev, coefficient, kept)
         )
     return [_batch(places, group, kind[0], norms, scaling) for kind, places in by_kind.items()]
@@ -69,7 +69,7 @@ def _batch(
     first: Member = members[0]
     treatment = first.treatment
     states: list[dict[str, Any]] = [member.state for member in members]
-    view = real if first.param.is_complex() else _itself
+    view = _itself if first.spread is None and not first.param.is_complex() else real
     batch = Batch(
         treatment=treatment,
         params=[view(member.param) for member in members],
@@ -87,6 +87,8 @@ def _batch(
         scaling=scaling,
         norms=norms,
         indices=[member.index for member in members],
+        spread=first.spread,
+        shapes=None if first.spread is None else [tuple(member.param.shape) for member in members],
     )
     # Whoever replaces the previous gradient says how long the new one is, or nobody knows.
     known = [norms.pop(member.index, math.inf) for member in members]
@@ -104,7 +106,8 @@ def _batch(
             taken = (1 - scaling.found_inf.reshape(())).to(flags[0])
             torch._foreach_maximum_(flags, [taken] * len(flags))
     if _takes_random_numbers(first.param, states[0], treatment):
-        batch.salts = [salt(member.index) for member in members]
+        shard = 0 if first.spread is None else first.spread.shard
+        batch.salts = [salt(member.index, shard) for member in members]
     return batch
 
 

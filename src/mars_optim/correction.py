@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .batch import Batch, Scalar
+from .sharding import Replicas
 
 # As in torch.nn.utils.clip_grad_norm_, whose result `max_grad_norm` must give.
 _NORM_EPS = 1e-6
@@ -30,10 +31,16 @@ _NORM_EPS = 1e-6
 
 def products_of(batch: Batch, backend: Backend) -> Tensor | None:
     """Return the sums that the norms of a batch need; None where it needs none."""
-    measured_later = batch.treatment.clip_norm is None or backend.measures_clip
+    measured_later = batch.treatment.clip_norm is None or _clips_by_itself(batch, backend)
     if measured_later and batch.treatment.max_grad_norm is None:
         return None
-    return backend.gradient_products(replace(batch, prev_grads=None) if backend.bounds_clip else batch)
+    is_bounded = backend.bounds_clip and not batch.is_sharded
+    return backend.gradient_products(replace(batch, prev_grads=None) if is_bounded else batch)
+
+
+def _clips_by_itself(batch: Batch, backend: Backend) -> bool:
+    """Whether the backend finds ||c||: it sees all of each tensor."""
+    return backend.measures_clip and not batch.is_sharded
 
 
 def weigh(batch: Batch, backend: Backend, product: Tensor | None, total: Tensor | None) -> None:
@@ -56,7 +63,7 @@ def weigh(batch: Batch, backend: Backend, product: Tensor | None, total: Tensor 
     _set_weights(batch)
     if clip_norm is None:
         batch.clip = 1.0
-    elif product is None or backend.bounds_clip:
+    elif product is None or (backend.bounds_clip and not batch.is_sharded):
         batch.clip = None
         batch.grad_norms = None if product is None else product[:, 0].sqrt()
     else:
@@ -107,16 +114,21 @@ def clip_coefficient(total_norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (total_norm + _NORM_EPS)).clamp(max=1.0)
 
 
-def total_norm(batches: Sequence[Batch], products: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the 2-norm of all gradients in groups with a `max_grad_norm`; None without such groups."""
+def total_norm(
+    batches: Sequence[Batch], products: Sequence[Tensor | None], replicas: Replicas, device: torch.device | None
+) -> Tensor | None:
+    """Return the 2-norm of all gradients in groups with a `max_grad_norm`; None without such groups.
+
+    `replicas` may know only a part each; `device` is where ranks without any part begin, None without such groups.
+    """
     squares = [
         product[:, 0].sum()
         for batch, product in zip(batches, products, strict=True)
         if product is not None and batch.treatment.max_grad_norm is not None
     ]
-    if not squares:
+    if device is None or not (squares or replicas.shards_state):
         return None
-    total = squares[0]
+    total = squares[0] if squares else torch.zeros((), dtype=torch.float64, device=device)
     for square in squares[1:]:
         total = total + square.to(total.device)
-    return total.sqrt()
+    return replicas.add_owners(total).sqrt()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .correction import clip_coefficient
 from .ownership import keep
+from .sharding import add_shards, any_rank, groups_of, local, placed_like, spread_of
 
 
 @dataclass
@@ -66,25 +67,31 @@ def take_gradients(
         for p in group["params"]:
             if p.grad is None or p.grad.is_sparse:
                 continue
-            kept = None if group["donate_grads"] is False else keep(p.grad)
-            taken.grads[p] = p.grad.detach().clone() if kept is None else kept
+            grad = placed_like(p.grad, p)
+            kept = None if group["donate_grads"] is False else keep(grad)
+            taken.grads[p] = grad.detach().clone() if kept is None else kept
             if group["max_grad_norm"] is not None:
                 clipped.append((p, group["max_grad_norm"]))
     if grad_scaler is not None and grad_scaler.is_enabled():
         scale = grad_scaler.get_scale()
         for grad in taken.grads.values():
             grad.div_(scale)
-        if not all_finite(taken.grads.values()):
+        finite = all_finite(local(grad) for grad in taken.grads.values())
+        if any_rank(not finite, groups_of(taken.grads), next(iter(taken.grads)).device):
             taken.overflowed = True
             grad_scaler.update(scale * grad_scaler.get_backoff_factor())
     if clipped:
-        device = taken.grads[clipped[0][0]].device
-        grads = [taken.grads[p] for p, _ in clipped]
-        norms = [torch.linalg.vector_norm(g, dtype=_norm_dtype(g)).to(device) for g in grads]
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        total = _norm([taken.grads[p] for p, _ in clipped])
         by_norm = {max_norm: clip_coefficient(total, max_norm) for _, max_norm in clipped}
         taken.coefficients = {p: by_norm[max_norm] for p, max_norm in clipped}
     return taken
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, wherever their pieces are."""
+    squares = [torch.linalg.vector_norm(local(g), dtype=_norm_dtype(g)).double().square().view(1, 1) for g in grads]
+    whole = add_shards(squares, [spread_of(g) for g in grads], [[i] for i in range(len(grads))], len(grads))
+    return torch.cat([square.to(squares[0].device) for square in whole]).sum().sqrt().to(squares[0].dtype)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -99,6 +106,7 @@ def _norm_dtype(grad: Tensor) -> torch.dtype | None:
 @torch.no_grad()
 def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     for param, prev_param in pairs:
-        held = param.detach().clone()
-        param.copy_(prev_param)
-        prev_param.copy_(held)
+        current, previous = local(param), local(prev_param)
+        held = current.detach().clone()
+        current.copy_(previous)
+        previous.copy_(held)

@@ -14,6 +14,7 @@ from .exact import PreviousGradients
 from .hyperparameters import fold_lr_1d, treatments
 from .offload import place
 from .preconditioners import PRECONDITIONERS
+from .sharding import Replicas, Spread, any_rank, local, placed_like
 from .state import (
     arithmetic_dtype,
     choose_form,
@@ -37,6 +38,7 @@ class Member:
     index: int  # among all parameters of the optimizer
     state: dict[str, Any]
     treatment: Treatment
+    spread: Spread | None = None  # over ranks
     prev_grad: Tensor | None = None  # exact mode: g'_t, raw
     prev_coefficient: Tensor | None = None  # exact mode: the factor of its global clipping
 
@@ -47,6 +49,7 @@ def members_of(
     previous: PreviousGradients | None,
     completed: Completed,
     first_index: int,
+    replicas: Replicas,
     which: Iterable[int] | None = None,
 ) -> list[Member]:
     """Collect the parameters of `group` that take part in this step, and create what state they lack.
@@ -57,6 +60,7 @@ def members_of(
         previous: exact mode: what was evaluated at the previous weights.
         completed: what each state has been completed for; states that still are need no second look.
         first_index: the index of the group's first parameter among all.
+        replicas: the ranks that hold the same plain parameters.
         which: places in the group to look at; None: all.
 
     Raises:
@@ -70,17 +74,18 @@ def members_of(
     for i in range(len(group["params"])) if which is None else which:
         p: Tensor = group["params"][i]
         grad = p.grad
-        if grad is None:
+        if grad is None or not replicas.owns(p):
             continue
         if grad.is_sparse:
             raise RuntimeError(
                 f"MARS does not support sparse gradients, and parameter {names_of(group)[i]} has one; construct the "
                 "embedding with sparse=False"
             )
+        grad, spread = placed_like(grad, p), replicas.spread_of(p)
         treatment, wants = (vector, wants_vector) if p.ndim < 2 else (main, wants_main)
         state = states[p]
         if completed.get(p) != (len(state), grad.dtype, wants):
-            only_materialises = not state and _is_materialising(p, group)
+            only_materialises = not state and _is_materialising(p, grad, spread, group)
             _complete(state, p, treatment, group)
             completed[p] = (len(state), grad.dtype, wants)
             if only_materialises:
@@ -91,10 +96,10 @@ def members_of(
                     "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
                     "compute it inside `with optimizer.previous_params():` before the gradient of this step"
                 )
-            members.append(Member(p, grad, first_index + i, state, treatment))
+            members.append(Member(p, grad, first_index + i, state, treatment, spread))
         else:
             there = previous.grads.get(p), previous.coefficients.get(p)
-            members.append(Member(p, grad, first_index + i, state, treatment, *there))
+            members.append(Member(p, grad, first_index + i, state, treatment, spread, *there))
     return members
 
 
@@ -149,8 +154,9 @@ def names_of(group: dict[str, Any]) -> list[str]:
     return group.get("param_names") or [f"{i} of its group" for i in range(len(group["params"]))]
 
 
-def _is_materialising(param: Tensor, group: dict[str, Any]) -> bool:
+def _is_materialising(param: Tensor, grad: Tensor, spread: Spread | None, group: dict[str, Any]) -> bool:
     """Whether a checkpoint tool only wants the state to exist: a zero gradient and lr = 0 before any step."""
-    if param.grad is None or param.is_meta:
+    if param.is_meta or float(group["lr"]) != 0:
         return False
-    return float(group["lr"]) == 0 and not bool(param.grad.any())
+    shards = [] if spread is None or spread.shard_group is None else [spread.shard_group]
+    return not any_rank(bool(local(grad).any()), shards, grad.device)

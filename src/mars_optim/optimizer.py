@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from . import backends, schedules
@@ -19,7 +20,9 @@ from .hyperparameters import Gamma, check, check_matrices
 from .members import Completed, Member, members_of, names_of
 from .offload import Lane, place
 from .polar import MatrixView
-from .state import check_shapes, keep_params, restore, shield
+from .ranks import Ranks, join
+from .sharding import Replicas, any_rank, groups_of, is_dtensor, local
+from .state import check_shapes, keep_params, portable, restore, shield
 from .update import update_
 
 _OWN = ("state_precision", "param_rounding", "donate_grads", "offload_state", "foreach", "fused")
@@ -86,6 +89,11 @@ class MARS(Optimizer):
         donate_grads: True: the step keeps `p.grad`'s memory as the previous gradient and leaves `p.grad = None`, which
             is safe where every step has new gradients; False: it copies; None: it keeps them where that is proved safe.
         offload_state: keep state in the host's memory and bring it to the device for the step.
+        process_group: the ranks that hold the same plain parameters, as DistributedDataParallel's; they share out
+            the matrices to orthogonalise. DTensors, as of `fully_shard`, need no group: they bring their mesh.
+        shard_state: each rank of `process_group` keeps the state of a share of the parameters alone, takes their
+            step and tells the others the result (ZeRO, stage 1).
+        gather_matrices: every rank gathers and orthogonalises every matrix: slow, but needs no all-to-all.
 
     Raises:
         ValueError, TypeError, RuntimeError: a value out of range; the message says which and what would do.
@@ -133,8 +141,13 @@ class MARS(Optimizer):
         param_rounding: str = "nearest",
         donate_grads: bool | None = None,
         offload_state: bool = False,
+        process_group: ProcessGroup | None = None,
+        shard_state: bool = False,
+        gather_matrices: bool = False,
     ) -> None:
-        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        of_ranks = ("process_group", "shard_state", "gather_matrices")  # belong to the process, not to a checkpoint
+        others = ("self", "params", "__class__", "of_ranks", *of_ranks)
+        defaults = {name: value for name, value in locals().items() if name not in others}
         defaults |= {"schedule_step": 0, "num_skipped_steps": 0}
         check(dict(defaults))  # before the parameters, as torch.optim does
         self._previous: PreviousGradients | None = None
@@ -143,6 +156,8 @@ class MARS(Optimizer):
         self._completed: Completed = {}
         self._norms: dict[int, float] = {}
         self._keeps_params = False
+        self._replicas = Replicas(process_group, shard_state=shard_state)
+        self._gathers = gather_matrices
         super().__init__(cast("Iterable[Tensor]", params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -158,6 +173,7 @@ class MARS(Optimizer):
         try:
             check(group)
             check_matrices(group, names_of(group))
+            join(group, names_of(group), self._replicas)
             backends.select(group)  # an explicit choice that cannot run says so now
         except Exception:
             self.param_groups.pop()
@@ -218,7 +234,14 @@ class MARS(Optimizer):
                 backend = backends.select(group)
                 made = offloaded if group["offload_state"] else resident
                 made += [(batch, backend) for batch in make_batches(of_group, group, self._norms, scaling)]
-        update_(resident, offloaded, self._lanes)
+        update_(resident, offloaded, self._lanes, self._ranks)
+        self._replicas.tell_([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+
+    @property
+    def _ranks(self) -> Ranks:
+        params = [p for group in self.param_groups for p in group["params"]]
+        is_clipped = any(group["max_grad_norm"] is not None for group in self.param_groups)
+        return Ranks(self._replicas, len(params), params[0].device, is_clipped, self._gathers)
 
     @contextmanager
     def step_in_backward(self) -> Generator[None, None, None]:
@@ -241,6 +264,8 @@ class MARS(Optimizer):
                 raise RuntimeError(f"step_in_backward() with {name}={forbidden}: construct with {name}={not forbidden}")
         if any(group["max_grad_norm"] is not None for group in self.param_groups):
             raise RuntimeError("step_in_backward() sees one gradient at a time; construct with max_grad_norm=None")
+        if self._replicas.group is not None or any(is_dtensor(p) for g in self.param_groups for p in g["params"]):
+            raise RuntimeError("step_in_backward() takes steps before ranks have exchanged gradients; use step()")
         places = {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
         stepped: set[int] = set()
 
@@ -266,7 +291,9 @@ class MARS(Optimizer):
         self, which: int, previous: PreviousGradients | None, places: Iterable[int] | None = None
     ) -> list[Member]:
         first_index = sum(len(group["params"]) for group in self.param_groups[:which])
-        return members_of(self.param_groups[which], self.state, previous, self._completed, first_index, places)
+        return members_of(
+            self.param_groups[which], self.state, previous, self._completed, first_index, self._replicas, places
+        )
 
     @contextmanager
     def previous_params(self, grad_scaler: torch.amp.GradScaler | None = None) -> Generator[None, None, None]:
@@ -325,7 +352,10 @@ class MARS(Optimizer):
             return False
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [g for g in grads if not g.is_sparse]  # refused later, by name
-        if all_finite(grads + list(previous.grads.values() if previous else ())):
+        finite = all_finite(local(g) for g in (*grads, *(previous.grads.values() if previous else ())))
+        params = [p for group in self.param_groups for p in group["params"]]
+        groups = groups_of(params, self._replicas.group)
+        if not any_rank(not finite, groups, params[0].device):
             return False
         self._count_skipped_step()
         return True
@@ -358,7 +388,10 @@ class MARS(Optimizer):
             group | {name: schedules.to_plain(group[name]) for name in ("gamma", "polar_steps")}
             for group in packed["param_groups"]
         ]
-        return {**packed, "param_groups": groups}
+        state = packed["state"]
+        if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            state = {key: portable(entries) for key, entries in state.items()}
+        return {**packed, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; unlike torch.optim's own, fp32 state stays fp32 under half-precision parameters."""
@@ -382,6 +415,8 @@ class MARS(Optimizer):
         self._completed = {}
         self._norms = {}
         self._keeps_params = True  # perhaps: the state may hold previous parameters
+        self.__dict__.setdefault("_replicas", Replicas(None, shard_state=False))  # a pickle knows no process group
+        self.__dict__.setdefault("_gathers", False)
         for i, group in enumerate(self.param_groups):
             for name, value in defaults.items():
                 if name != "lr_1d":
@@ -394,6 +429,8 @@ class MARS(Optimizer):
             group.update({name: old[name] for name in _OWN if name in old})
             check(group)
             for p in group["params"]:
+                if not self._replicas.owns(p):
+                    self.state.pop(p, None)
                 if p in self.state:
                     self.state[p] = restore(
                         self.state[p],

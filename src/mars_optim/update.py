@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from .batch import Batch
 from .correction import products_of, total_norm, weigh
 from .offload import Lane, chunked
 from .preconditioners import PRECONDITIONERS
+from .ranks import Ranks
+from .sharding import add_shards
 
 
 def update_(
     resident: Sequence[tuple[Batch, Backend]],
     offloaded: Sequence[tuple[Batch, Backend]],
     lanes: dict[torch.device, Lane],
+    ranks: Ranks,
 ) -> None:
     """Advance the state and parameters of every batch.
 
@@ -29,31 +33,62 @@ def update_(
         resident: batches with their state on the device, each with its backend.
         offloaded: batches with their state in the host's memory.
         lanes: what carries state to each device; filled as needed.
+        ranks: what the batches of this rank are a part of.
     """
     read = [(batch if backend.reads_storage else backends.unpack(batch), backend) for batch, backend in resident]
-    products = [products_of(batch, backend) for batch, backend in read]
+    products = _add_shards([products_of(batch, backend) for batch, backend in read], read, ranks.num_params)
     # The total norm needs no state: what is offloaded visits once.
     stateless = [(replace(batch, prev_grads=None), backend) for batch, backend in offloaded if _is_clipped(batch)]
     readable = [(batch if backend.reads_storage else backends.unpack(batch), backend) for batch, backend in stateless]
     total = total_norm(
         [batch for batch, _ in (*read, *readable)],
         [*products, *(backend.gradient_products(batch) for batch, backend in readable)],
+        ranks.replicas,
+        ranks.device if ranks.is_clipped else None,
     )
     for (batch, backend), product in zip(read, products, strict=True):
-        _update_one(batch, backend, product, total)
+        weigh(batch, backend, product, total)
+    _update(read, ranks)
     for device in {batch.params[0].device for batch, _ in offloaded}:
         here = [(b, backend) for batch, backend in offloaded for b in chunked(batch) if b.params[0].device == device]
         visits = lanes.setdefault(device, Lane(device)).visits([batch for batch, _ in here])
         for visitor, (_, backend) in zip(visits, here, strict=True):
             visitor = visitor if backend.reads_storage else backends.unpack(visitor)
-            _update_one(visitor, backend, products_of(visitor, backend), total)
+            weigh(visitor, backend, products_of(visitor, backend), total)
+            _update([(visitor, backend)], ranks)
 
 
-def _update_one(batch: Batch, backend: Backend, product: Tensor | None, total: Tensor | None) -> None:
-    weigh(batch, backend, product, total)
-    PRECONDITIONERS[batch.treatment.preconditioner].update_(backend, batch)
-    backends.pack_(batch)
-    _keep_coefficient(batch)
+def _add_shards(
+    products: list[Tensor | None], read: Sequence[tuple[Batch, Backend]], num_params: int
+) -> list[Tensor | None]:
+    places = [i for i, product in enumerate(products) if product is not None]
+    sums = add_shards(
+        [cast(Tensor, products[i]) for i in places],
+        [read[i][0].spread for i in places],
+        [read[i][0].indices or [] for i in places],
+        num_params,
+    )
+    whole = list(products)
+    for i, total in zip(places, sums, strict=True):
+        whole[i] = total
+    return whole
+
+
+def _update(ready: Sequence[tuple[Batch, Backend]], ranks: Ranks) -> None:
+    together: dict[str, list[tuple[Batch, Backend]]] = {}
+    for batch, backend in ready:
+        preconditioner = PRECONDITIONERS[batch.treatment.preconditioner]
+        if batch.spread is not None and preconditioner.update_together_ is not None:
+            together.setdefault(batch.treatment.preconditioner, []).append((batch, backend))
+        else:
+            preconditioner.update_(backend, batch)
+    for name in sorted(together):  # in the same order on all ranks
+        update_together_ = PRECONDITIONERS[name].update_together_
+        assert update_together_ is not None
+        update_together_(together[name], ranks.gathers)
+    for batch, _ in ready:
+        backends.pack_(batch)
+        _keep_coefficient(batch)
 
 
 def _is_clipped(batch: Batch) -> bool:

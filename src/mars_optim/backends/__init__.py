@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mars_optim.batch import Batch
+from mars_optim.sharding import local
 
 from . import foreach, reference
 from .native_library import NativeUnavailable
@@ -121,7 +122,8 @@ def _unavailable(cause: str, devices: set[str], *, required: bool) -> None:
 
 
 def _is_plain(param: Tensor) -> bool:
-    """Whether the elements lie in memory in a format that kernels know: no DTensor or other wrapper, no fp8."""
+    """Whether the elements lie in memory in a format that kernels know: no wrapper but a DTensor's, no fp8."""
+    param = local(param)
     dispatch = "__torch_dispatch__"
     return getattr(type(param), dispatch) is getattr(Tensor, dispatch) and param.dtype in _DTYPES
 

@@ -13,7 +13,7 @@ from .coefficients import plain
 from .dense import by_newton, by_qdwh, by_svd
 from .method import PolarMethod
 from .minimax import Triple
-from .newton_schulz import newton_schulz
+from .newton_schulz import multiplications, newton_schulz
 from .sketch import Sketch, sketched
 
 _DENSE = {"svd": by_svd, "newton": by_newton, "qdwh": by_qdwh}
@@ -110,6 +110,14 @@ def polar_factors(matrices: Sequence[Tensor], how: PolarMethod) -> list[Tensor]:
             oriented = part.mT.contiguous() if _is_tall(m) else part
             results[i] = oriented.to(m.dtype).reshape(m.shape)
     return [r for r in results if r is not None]
+
+
+def polar_work(rows: int, columns: int, how: PolarMethod) -> float:
+    """Return about how many multiplications the polar factor of one matrix takes, to balance the work of ranks."""
+    n, m = sorted((rows, columns))
+    if how.method == "newton-schulz":
+        return multiplications(n, m, how.steps, how.form)
+    return 10.0 * n * n * m if how.rank is None else 4.0 * n * m * how.rank
 
 
 def _checked(matrix: Tensor) -> Tensor:

@@ -57,16 +57,26 @@ def segments(steps: int) -> list[int]:
 
 
 def cheaper_form(rows: int, columns: int, steps: int) -> str:
-    """Return the form with fewer multiplications for rows <= columns, counting symmetric products as half.
+    """Return the form with fewer multiplications for rows <= columns.
 
-    In units of rows^3 / 2 multiply-adds, with a = columns / rows and r segments: standard T (3a + 1), Gram
-    4T - 3r + 3ra. Below 256 rows calls cost more than multiplications, and the standard form is more accurate.
+    Below 256 rows calls cost more than multiplications, and the standard form is more accurate.
     """
     if rows < _GRAM_FROM:
         return "standard"
-    aspect, restarts = columns / rows, len(segments(steps))
-    gram = 4 * steps + 3 * restarts * (aspect - 1)
-    return "gram" if gram < steps * (3 * aspect + 1) else "standard"
+    forms = ("standard", "gram")
+    return min(forms, key=lambda form: multiplications(rows, columns, steps, form))
+
+
+def multiplications(rows: int, columns: int, steps: int, form: str = "auto") -> float:
+    """Return the multiply-adds of an iteration for rows <= columns, counting symmetric products as half.
+
+    In units of rows^3 / 2, with a = columns / rows and r segments: standard T (3a + 1), Gram 4T - 3r + 3ra.
+    """
+    if form == "auto":
+        form = cheaper_form(rows, columns, steps)
+    aspect, restarts = columns / max(rows, 1), len(segments(steps))
+    units = steps * (3 * aspect + 1) if form == "standard" else 4 * steps + 3 * restarts * (aspect - 1)
+    return units * rows**3 / 2
 
 
 def _polynomial_of_gram(

@@ -9,8 +9,9 @@ A *matrix view* says which matrices a tensor holds:
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -76,6 +77,35 @@ def matrices(tensor: Tensor, view: MatrixView) -> list[Tensor]:
             f"shape {tuple(tensor.shape)}; give sizes that add up to {flat.shape[dim]}"
         )
     return list(torch.split(flat, list(sizes), dim))
+
+
+def parts(shape: Sequence[int], view: MatrixView) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return the matrices of a tensor of `shape` as boxes, (start, stop) in each of its dimensions.
+
+    Raises:
+        ValueError: a split of flattened dimensions, which is no box.
+    """
+    everything = tuple((0, n) for n in shape)
+    if view == "flatten":
+        return (everything,)
+    if view == "stack":
+        counts = itertools.product(*(range(n) for n in shape[:-2]))
+        return tuple((*((i, i + 1) for i in index), *everything[-2:]) for index in counts)
+    _, dim, sizes = cast("tuple[str, int, tuple[int, ...]]", view)
+    if dim == 1 and len(shape) > 2:
+        raise ValueError(
+            f"matrix_view {view} splits the flattened dimensions of a tensor of shape {tuple(shape)}, which cannot be "
+            "done where ranks hold pieces of it; split dimension 0, or flatten"
+        )
+    stops = list(itertools.accumulate(sizes))
+    bounds = zip([0, *stops[:-1]], stops, strict=True)
+    return tuple((*everything[:dim], pair, *everything[dim + 1 :]) for pair in bounds)
+
+
+def matrix_shape(box: Sequence[tuple[int, int]], view: MatrixView) -> tuple[int, int]:
+    """Return rows and columns of one of the `parts`."""
+    sizes = [stop - start for start, stop in box]
+    return (sizes[-2], sizes[-1]) if view == "stack" else (sizes[0], math.prod(sizes[1:]))
 
 
 def update_scale(name: str, rows: int, columns: int, *, transposed: bool = False) -> float:

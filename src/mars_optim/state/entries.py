@@ -11,7 +11,8 @@ capturable. Beside them stand
     param_remainder  what a half-precision weight lacks
 
 in full precision (fp32 under half-precision parameters, the gradient's own for `prev_grad`), bfloat16, or 8-bit
-codes with their `..._scale`.
+codes with their `..._scale`. State of a DTensor is a DTensor spread alike, but for the scales, which belong to this
+rank's codes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from mars_optim.sharding import is_dtensor, like, local, piece_of, spread_of
 
 from . import formats
 from .weights import decode_weight, remainder_dtype, remainder_of
@@ -43,14 +46,16 @@ def complete(state: dict[str, Any], param: Tensor, name: str, precision: str = "
     if stored is not None and stored.dtype == formats.stored_dtype(name, precision, full):
         return
     old_scale: Tensor | None = state.pop(f"{name}_scale", None)
-    state.update(formats.new(param, name, precision, full))
+    for entry, piece in formats.new(local(param), name, precision, full).items():
+        state[entry] = like(piece, param) if entry == name else piece
     if stored is not None:
         values = formats.decode(real(stored), old_scale, arithmetic_dtype(param).to_real())
         formats.encode_(real(state[name]), state.get(f"{name}_scale"), values)
 
 
 def real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as (real, imaginary) pairs."""
+    """Return what lies on this rank of a tensor; complex numbers as (real, imaginary) pairs."""
+    tensor = local(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -71,9 +76,11 @@ def complete_remainder(state: dict[str, Any], param: Tensor, rounding: str) -> N
     if dtype is None:
         state.pop("param_remainder", None)
     elif old is None:
-        state["param_remainder"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        zeros = torch.zeros_like(local(param), dtype=dtype, memory_format=torch.preserve_format)
+        state["param_remainder"] = like(zeros, param)
     elif old.dtype != dtype:
-        state["param_remainder"] = remainder_of(param.detach(), decode_weight(param.detach(), old), dtype)
+        piece = local(param.detach())
+        state["param_remainder"] = like(remainder_of(piece, decode_weight(piece, local(old)), dtype), param)
 
 
 def choose_form(state: dict[str, Any], param: Tensor, *, one_buffer: bool, gamma: float) -> None:
@@ -106,7 +113,7 @@ def discard(state: dict[str, Any], name: str) -> None:
 def keep_params(state: dict[str, Any], param: Tensor) -> None:
     """Remember the parameter's present value as `prev_param`."""
     if "prev_param" in state:
-        state["prev_param"].copy_(param)
+        local(state["prev_param"]).copy_(local(param))
     else:
         state["prev_param"] = param.detach().clone(memory_format=torch.preserve_format)
 
@@ -150,6 +157,7 @@ def restore(
     Scalars may be numbers in old checkpoints.
     """
     restored: dict[str, Any] = {}
+    state = _spread_like(state, param)
     for name, value in state.items():
         tensor = value.value if isinstance(value, Shielded) else value
         if name in _SCALARS:
@@ -165,3 +173,32 @@ def restore(
             complete(restored, param, name, formats.precision_of(state_precision, name))
     complete_remainder(restored, param, rounding)
     return restored
+
+
+def _spread_like(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """Return shielded state with its tensors spread over ranks as `param` is; they may come from any other layout."""
+    result = dict(state)
+    for name, value in state.items():
+        if not isinstance(value, Shielded) or value.value.shape[: param.ndim] != param.shape or name in _SCALARS:
+            continue
+        tensor = value.value
+        if not is_dtensor(tensor) and not is_dtensor(param):
+            continue
+        if is_dtensor(tensor) and is_dtensor(param) and spread_of(tensor) is spread_of(param):
+            continue
+        scale = result.pop(f"{name}_scale", None)
+        whole = cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
+        if scale is not None:
+            whole = formats.decode(whole, scale.value, torch.float32)
+        result[name] = Shielded(piece_of(whole.to(param.device), param) if is_dtensor(param) else whole)
+    return result
+
+
+def portable(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a parameter's state as it may be saved: 8-bit pieces, whose scales belong to this rank, as fp32 values."""
+    result = dict(state)
+    for name, tensor in state.items():
+        if f"{name}_scale" in state and is_dtensor(tensor):
+            values = formats.decode(local(tensor), result.pop(f"{name}_scale"), torch.float32)
+            result[name] = like(values, tensor)
+    return result

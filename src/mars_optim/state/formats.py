@@ -121,9 +121,9 @@ def _blocks(flat: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
-def salt(index: int) -> int:
-    """Return 32 bits that set the random numbers of the index-th parameter apart from all others'."""
-    return _avalanche((index + 1) * 0x9E3779B1 & _MASK)
+def salt(index: int, shard: int = 0) -> int:
+    """Return 32 bits that set the random numbers of a shard of the index-th parameter apart from all others'."""
+    return _avalanche((index + 1 + shard * 0x7FEB352D) * 0x9E3779B1 & _MASK)
 
 
 def key_of(salt: int, step: int | Tensor) -> Key:
