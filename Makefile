@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test gpu lint types check mutants sanitize clean
+.PHONY: train test gpu lint types check equality mutants sanitize clean
 
 train: $(VENV)/.ready
 	$(BIN)/mars train $(ARGS)
@@ -25,6 +25,10 @@ types: $(VENV)/.ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint types test
+
+# The equality table: training on 2 and 4 processes against one.
+equality: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sharded_checks.py $(ARGS)
 
 # Breaks the library on purpose, one place at a time, and asks the tests to notice.
 mutants: $(VENV)/.ready

@@ -1,21 +1,8 @@
-"""Trains one small model on several processes in every layout and compares it with one process: the equality table.
-
-    python tests/sharded_training.py        # prints a row for each case, on 2 and on 4 processes
-
-Each case is 20 steps in float64 (or as it says) on the same global batches. `difference` is the largest one between
-any two weights of the model trained on many processes and on one.
-"""
+"""A small model with odd sizes, its layouts over processes, and its training."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
-import traceback
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from mars_optim import MARS, param_groups
@@ -77,53 +63,28 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     dtype: str = "float64"
     tolerance: float = 1e-12
+    check: str = "train"
+    to: tuple[str, ...] = ()  # layouts to go on in, where the check is "move"
 
     @property
     def name(self) -> str:
-        return " ".join(
-            [f"{self.world} {self.layout} {self.mars_type}", *(f"{k}={v}" for k, v in self.options.items())]
-        )
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        to = [] if not self.to else ["to", ", ".join(self.to)]
+        return " ".join([f"{self.world} {self.layout} {self.mars_type}", self.check, *options, *to])
 
 
-LAYOUTS = {
-    2: ("ddp", "ddp + sharded state", "fsdp", "tp"),
-    4: ("ddp", "ddp + sharded state", "fsdp", "hsdp 2x2", "fsdp 2 x tp 2"),
-}
-
-
-def _cases() -> list[Case]:
-    cases: list[Case] = []
-    for world, layouts in LAYOUTS.items():
-        for layout in layouts:
-            cases += [Case(layout, mars_type, world) for mars_type in ("adamw", "lion", "shampoo", "m")]
-            if layout != "ddp + sharded state":
-                cases += [Case(layout, t, world, {"is_approx": False}) for t in ("adamw", "m")]
-    for layout in ("ddp", "fsdp", "fsdp 2 x tp 2"):
-        cases.append(Case(layout, "m", 4, {"gather_matrices": True}))
-        cases.append(Case(layout, "m", 4, {"clip_norm": None, "fused": False}))
-    for layout in ("ddp + sharded state", "hsdp 2x2"):
-        cases.append(Case(layout, "adamw", 4, {"skip_nonfinite": True}))
-        cases.append(Case(layout, "adamw", 4, {"state_precision": "8bit"}, tolerance=0.1))
-        # Momenta travel in bfloat16 there; singular values end within 0.03 of 1, and steps are 20 times 0.02.
-        cases.append(Case(layout, "m", 4, {"polar_dtype": torch.bfloat16}, "float32", tolerance=0.02))
-    return cases
-
-
-CASES = _cases()
-
-
-def _build(case: Case) -> Model:
+def build(case: Case) -> Model:
     torch.manual_seed(3)
     return Model().to(getattr(torch, case.dtype))
 
 
-def _optimizer(case: Case, model: nn.Module, **options: Any) -> MARS:
+def optimizer_of(case: Case, model: nn.Module, **options: Any) -> MARS:
     settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "clip_norm": 0.05, "max_grad_norm": 0.5, "gamma": 0.1}
     groups = param_groups(model, mars_type=case.mars_type)
     return MARS(groups, mars_type=case.mars_type, **{**settings, **case.options, **options})
 
 
-def _spread(case: Case, model: Model) -> tuple[nn.Module, dict[str, Any], int, int]:
+def spread(case: Case, model: Model) -> tuple[nn.Module, dict[str, Any], int, int]:
     """Return the model in the layout of the case, options of its optimizer, and rank and number of the data ranks."""
     world, rank = dist.get_world_size(), dist.get_rank()
     if case.layout.startswith("ddp"):
@@ -152,12 +113,22 @@ def _tensor_parallel(model: Model, mesh: Any) -> Model:
     return model
 
 
-def train(case: Case, model: nn.Module, optimizer: MARS, rank: int = 0, num_ranks: int = 1, steps: int = STEPS) -> None:
+def train(
+    case: Case,
+    model: nn.Module,
+    optimizer: MARS,
+    rank: int = 0,
+    num_ranks: int = 1,
+    start: int = 0,
+    stop: int = STEPS,
+) -> None:
     """Take the steps of a case with this data rank's share of each batch."""
     generator = torch.Generator().manual_seed(5)
-    for step in range(steps):
+    for step in range(stop):
         tokens = torch.randint(0, 13, (BATCH, 7), generator=generator)
         mine = tokens[rank * BATCH // num_ranks : (rank + 1) * BATCH // num_ranks]
+        if step < start:
+            continue
 
         def closure(mine: Tensor = mine) -> Tensor:
             optimizer.zero_grad()
@@ -187,71 +158,3 @@ def _spoil(model: nn.Module, rank: int) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on each rank."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _difference(case: Case) -> float:
-    alone = _build(case)
-    own = {name: value for name, value in case.options.items() if name != "gather_matrices"}
-    train(case, alone, _optimizer(Case(case.layout, case.mars_type, 1, own), alone))
-    spread, options, rank, num_ranks = _spread(case, _build(case))
-    optimizer = _optimizer(case, spread, **options)
-    train(case, spread, optimizer, rank, num_ranks)
-    if case.options.get("skip_nonfinite"):
-        assert optimizer.num_skipped_steps == 1
-    largest = 0.0
-    for expected, p in zip(alone.parameters(), spread.parameters(), strict=True):
-        found = whole(p)
-        largest = max(largest, float((found - expected.detach()).abs().max()))
-        first = found.clone()
-        dist.broadcast(first, 0)
-        assert torch.equal(found, first), "ranks disagree"
-    return largest
-
-
-def _work(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    results: dict[str, float | str] = {}
-    for case in CASES:
-        if case.world == world:
-            if "-x" in sys.argv and rank == 0:
-                print(case.name, flush=True)
-            try:
-                results[case.name] = _difference(case)
-            except Exception:  # of one case; the others are still worth having
-                results[case.name] = traceback.format_exc()
-                if "-x" in sys.argv:
-                    print(rank, traceback.format_exc(), flush=True)
-                    os._exit(1)
-        Path(folder, f"{world}-{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(world: int) -> dict[str, float | str]:
-    """Return what each case of `world` processes came to: a difference, or the traceback of any rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_work, (world, folder), nprocs=world, start_method="spawn")
-        results: dict[str, float | str] = {}
-        for rank in range(world):
-            for name, result in json.loads(Path(folder, f"{world}-{rank}.json").read_text()).items():
-                if isinstance(result, str) or name not in results:
-                    results[name] = result
-    return results
-
-
-if __name__ == "__main__":
-    tolerances = {case.name: case.tolerance for case in CASES}
-    failed = False
-    print("| ranks, layout, type, options | difference | bound |\n| --- | --- | --- |")
-    for world in (4,) if "-4" in sys.argv else LAYOUTS:
-        for name, result in run(world).items():
-            if isinstance(result, str):
-                failed = True
-                print(f"| {name} | {result.splitlines()[-1]} | |")
-            else:
-                failed |= not result <= tolerances[name]
-                print(f"| {name} | {result:.1e} | {tolerances[name]:g} |")
-    sys.exit(failed)

@@ -393,6 +393,16 @@ class MARS(Optimizer):
             state = {key: portable(entries) for key, entries in state.items()}
         return {**packed, "state": state, "param_groups": groups}
 
+    def consolidated_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """Return the whole state under `shard_state` on rank `to` of the process group, None on the others.
+
+        All ranks of the group call it together. Where every rank has the whole state it is `state_dict()`; so one
+        line serves both: `state = optimizer.consolidated_state_dict()`, and rank 0 saves it.
+        """
+        packed = self.state_dict()
+        state = self._replicas.consolidated(packed["state"], to)
+        return None if state is None else {**packed, "state": state}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; unlike torch.optim's own, fp32 state stays fp32 under half-precision parameters."""
         handle = self.register_load_state_dict_pre_hook(lambda optimizer, given: shield(given))

@@ -1,9 +1,13 @@
 """Tensors that are spread over ranks: what lies where, sums over shards, functions of whole matrices."""
 
+from .assignment import assign
+from .collectives import pads
 from .exchange import Job, exchange_, gather_
+from .plan import Part, make_plan
 from .replicas import Replicas
 from .spread import (
     Box,
+    Cut,
     Spread,
     groups_of,
     intersection,
@@ -20,11 +24,14 @@ from .sums import add_shards, any_rank
 
 __all__ = [
     "Box",
+    "Cut",
     "Job",
+    "Part",
     "Replicas",
     "Spread",
     "add_shards",
     "any_rank",
+    "assign",
     "exchange_",
     "gather_",
     "groups_of",
@@ -32,6 +39,8 @@ __all__ = [
     "is_dtensor",
     "like",
     "local",
+    "make_plan",
+    "pads",
     "piece_of",
     "placed_like",
     "refusal",

@@ -1,7 +1,7 @@
 """Functions of whole matrices for tensors of which each rank has a piece, or which all ranks have.
 
 Every matrix has one owner. Pieces of its momentum go to the owner by all-to-all, the owner computes, pieces of the
-result come back by all-to-all, and replicas tell each other what they have by all-gather. This happens in rounds, so
+result come back by all-to-all, and replicas tell each other what they have. This happens in rounds, so
 that one round's matrices travel while the one before is computed.
 """
 # torch.distributed is not typed.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .collectives import all_gather
+from .collectives import gathered
 from .plan import Part, Piece, Round, make_plan
 from .spread import Box, Spread, intersection, size_of, within
 
@@ -99,7 +99,7 @@ class _Exchange:
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
         spread = jobs[0].spread
-        self.shard_group, self.replica_group, self.replica = spread.shard_group, spread.replica_group, spread.replica
+        self.shard_group, self.replica_group = spread.shard_group, spread.replica_group
         self.empty = torch.empty(0, dtype=jobs[0].wire, device=jobs[0].momentum.device)
         parts = tuple(
             Part(i, box, work) for i, job in enumerate(jobs) for box, work in zip(job.parts, job.works, strict=True)
@@ -159,15 +159,9 @@ class _Exchange:
         if self.replica_group is None:
             self._place(current.results[0], returned)
             return
-        sizes = current.gathered
-        if not any(sizes):
-            return
-        padded = self.empty.new_zeros(max(sizes))
-        padded[: sizes[self.replica]] = returned
-        gathered = self.empty.new_empty(len(sizes) * len(padded))
-        all_gather(gathered, padded, group=self.replica_group)
-        for pieces, size, values in zip(current.results, sizes, gathered.view(len(sizes), -1), strict=True):
-            self._place(pieces, values[:size])
+        told = gathered(returned, current.gathered, self.replica_group)
+        for pieces, values in zip(current.results, told, strict=True):
+            self._place(pieces, values)
 
     def _place(self, pieces: Sequence[Piece], values: Tensor) -> None:
         for piece, flat in zip(pieces, values.split([piece.size for piece in pieces]), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 from .assignment import assign
 from .spread import Box, Cut, intersection, size_of, within
@@ -109,7 +110,8 @@ def _owners(parts: Sequence[Part], boxes: Sequence[Sequence[Box]], num_replicas:
     num_slots = num_replicas * num_shards
     allowed: list[Sequence[int] | None] = []
     for part in parts:
-        holders = [s for s, box in enumerate(boxes[part.job]) if intersection(box, part.box) is not None]
+        shards = (s for s, box in enumerate(boxes[part.job]) if intersection(box, part.box) is not None)
+        holders = list(islice(shards, 2))
         allowed.append(range(holders[0], num_slots, num_shards) if len(holders) == 1 else None)
     slots = assign([part.work for part in parts], num_slots, allowed)
     return [divmod(slot, num_shards) for slot in slots]

@@ -9,12 +9,14 @@ state of its own parameters alone, takes their steps, and tells the others the r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .collectives import all_gather
+from .assignment import assign
+from .collectives import gathered
 from .spread import Group, Spread, is_dtensor, spread_of
 
 BUCKET_BYTES = 1 << 26  # of parameters that each rank tells at once
@@ -38,12 +40,11 @@ class Replicas:
         """
         if not self.shards_state or self.group is None:
             return
-        loads = self._loads.setdefault(are_matrices, [0.0] * self.group.size())
-        for i in sorted(range(len(params)), key=lambda i: (-works[i], i)):
-            if not is_dtensor(params[i]):
-                owner = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
-                loads[owner] += works[i]
-                self._owners[params[i]] = owner
+        size = self.group.size()
+        plain = [(p, work) for p, work in zip(params, works, strict=True) if not is_dtensor(p)]
+        loads = self._loads.setdefault(are_matrices, [0.0] * size)
+        owners = assign([work for _, work in plain], size, loads=loads)
+        self._owners.update(zip((p for p, _ in plain), owners, strict=True))
 
     def owns(self, param: Tensor) -> bool:
         """Whether this rank keeps the state of a parameter and takes its step."""
@@ -59,6 +60,21 @@ class Replicas:
             value = value.clone()
             dist.all_reduce(value, group=self.group)
         return value
+
+    def consolidated(self, entries: dict[int, Any], to: int) -> dict[int, Any] | None:
+        """Return all ranks' entries, in host memory, on rank `to` of the group; None on the others."""
+        if not self.shards_state or self.group is None:
+            return entries if self.group is None or self.group.rank() == to else None
+        on_host = {
+            key: {name: t.cpu() if isinstance(t, Tensor) else t for name, t in state.items()}
+            for key, state in entries.items()
+        }
+        parts: list[Any] | None = [None] * self.group.size() if self.group.rank() == to else None
+        dist.gather_object(on_host, parts, group=self.group, group_dst=to)
+        if parts is None:
+            return None
+        together = {key: state for part in parts for key, state in part.items()}
+        return {key: together[key] for key in sorted(together)}
 
     def tell_(self, params: Sequence[Tensor]) -> None:
         """Give each of `params`, the same on all ranks, the value that its owner has."""
@@ -92,12 +108,8 @@ class Replicas:
         assert self.group is not None
         mine, sizes = by_owner[self.group.rank()], [sum(p.numel() for p in params) for params in by_owner]
         example = next(p for params in by_owner for p in params)
-        padded = example.new_zeros(max(sizes))
-        if mine:
-            torch.cat([p.detach().reshape(-1) for p in mine], out=padded[: sizes[self.group.rank()]])
-        gathered = padded.new_empty(len(sizes) * len(padded))
-        all_gather(gathered, padded, group=self.group)
-        for params, size, values in zip(by_owner, sizes, gathered.view(len(sizes), -1), strict=True):
+        told = torch.cat([example.new_empty(0), *(p.detach().reshape(-1) for p in mine)])
+        for params, values in zip(by_owner, gathered(told, sizes, self.group), strict=True):
             if params is not mine:
-                for p, flat in zip(params, values[:size].split([p.numel() for p in params]), strict=True):
+                for p, flat in zip(params, values.split([p.numel() for p in params]), strict=True):
                     p.detach().copy_(flat.view(p.shape))
