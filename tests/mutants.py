@@ -41,15 +41,21 @@ CHECKS = "test_torch_checks.py"
 
 @dataclass(frozen=True)
 class Mutant:
-    """`tests` is a test file and an expression for pytest's -k."""
+    """`tests` is a test file and an expression for pytest's -k; `rows` a part of rows of the equality table."""
 
     name: str
     replacements: tuple[tuple[str, str], ...]
     tests: tuple[str, str]
+    rows: str = ""
 
 
 def mutant(name: str, old: str, new: str, tests: tuple[str, str]) -> Mutant:
     return Mutant(name, ((old, new),), tests)
+
+
+def sharded(name: str, old: str, new: str, rows: str) -> Mutant:
+    """Noticed by rows of the equality table, whose names begin with the number of processes."""
+    return Mutant(name, ((old, new),), ("test_sharding.py", f"many_processes and {rows[0]}"), rows)
 
 
 def flag(name: str, backend: str = "reference") -> tuple[str, str]:
@@ -424,6 +430,65 @@ MUTANTS = [
         "pass",
         (MEMORY, "offloaded"),
     ),
+    sharded("norms of shards", "dist.all_reduce(table, group=group_over(mesh, cut))", "pass", "2 fsdp adamw train"),
+    sharded(
+        "norms of replicas counted twice",
+        "if all(dim in spread.shard_dims or coordinate[dim] == 0 for dim in cut):",
+        "if True:",
+        "4 fsdp 2 x tp 2 adamw train",
+    ),
+    sharded(
+        "clip of each shard by itself",
+        "return backend.measures_clip and not batch.is_sharded",
+        "return backend.measures_clip",
+        "2 fsdp adamw train",
+    ),
+    sharded("polar factors of shards", "if batch.spread is not None and prec", "if False and prec", "2 fsdp m train"),
+    sharded("no update scale for shards", "job.direction[within(shared, mine)] *= scale", "pass", "2 fsdp m train"),
+    sharded("what others updated", "self._replicas.tell_(", "list(", "2 ddp + sharded state adamw train"),
+    sharded(
+        "total norm of own parameters",
+        "return replicas.add_owners(total)",
+        "return total",
+        "2 ddp + sharded state lion",
+    ),
+    sharded("everyone skips alone", "return bool(count > 0)", "return flag", "4 hsdp 2x2 adamw train skip"),
+    sharded(
+        "partial gradients",
+        "return grad.redistribute(param.device_mesh, param.placements)",
+        "return like(local(grad), param)",
+        "2 tp adamw partial",
+    ),
+    sharded(
+        "8-bit codes saved without scales",
+        'values = formats.decode(local(tensor), result.pop(f"{name}_scale"), torch.float32)',
+        'values = local(tensor).float() / result.pop(f"{name}_scale").numel()',
+        "4 fsdp adamw move state_precision",
+    ),
+    sharded(
+        "plain state loaded whole",
+        "Shielded(piece_of(whole.to(param.device), param) if",
+        "Shielded(whole if",
+        "4 alone",
+    ),
+    sharded(
+        "previous gradients of shards",
+        'return real(state["prev_grad"]), ',
+        'return real(state["exp_avg"]), ',
+        "2 fsdp lion train",
+    ),
+    mutant(
+        "the smallest first",
+        "key=lambda i: (-works[i], i))",
+        "key=lambda i: (works[i], i))",
+        ("test_sharding.py", "nobody"),
+    ),
+    mutant(
+        "experts travel",
+        "allowed.append(range(holders[0], num_slots, num_shards) if len(holders) == 1 else None)",
+        "allowed.append(None)",
+        ("test_sharding.py", "stays"),
+    ),
     # The native kernels: each is built anew.
     mutant("native: clip factor upside down", "call_.clip_norm / norm", "norm / call_.clip_norm", (NATIVE, "test_")),
     mutant("native: v of c", "k.rest2 * (c * c)", "k.rest2 * c", (NATIVE, "test_")),
@@ -490,7 +555,7 @@ def break_it(source: Path, mutated: Mutant) -> str:
     return ", ".join(dict.fromkeys(files))
 
 
-def run_tests(source: Path, tests: tuple[str, str], rebuild: bool) -> None:
+def run_tests(source: Path, mutated: Mutant, rebuild: bool) -> None:
     """In a child process: the tests against the copy in `source`; the exit code is pytest's, or BROKEN."""
     exit_code = BROKEN
     try:
@@ -506,7 +571,8 @@ def run_tests(source: Path, tests: tuple[str, str], rebuild: bool) -> None:
         import mars_optim
 
         if Path(mars_optim.__file__).parent.parent == source:  # and not the installed library
-            file, expression = tests
+            file, expression = mutated.tests
+            os.environ["EQUALITY_ROWS"] = mutated.rows
             exit_code = pytest.main(
                 ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", f"tests/{file}", "-k", expression]
             )
@@ -552,7 +618,7 @@ def run_all(mutants: list[Mutant], directory: Path) -> int:
             i, mutated = waiting.pop(0)
             source = copy_of_source(directory / str(i))
             files = break_it(source, mutated)
-            child = fork.Process(target=run_tests, args=(source, mutated.tests, ".py" not in files and files != ""))
+            child = fork.Process(target=run_tests, args=(source, mutated, ".py" not in files and files != ""))
             child.start()
             running[child.sentinel] = mutated, files, child, time.monotonic()
         for sentinel in wait(list(running)):

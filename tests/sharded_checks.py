@@ -71,6 +71,7 @@ def _cases() -> list[Case]:
     eight_bits = {"state_precision": "8bit"}
     cases.append(Case("fsdp", "adamw", 4, eight_bits, tolerance=0.1, check="move", to=("hsdp 2x2", "alone")))
     cases.append(Case("any", "any", 2, check="refuse"))
+    cases += [Case("tp", t, 2, check="partial") for t in ("adamw", "m")]
     return cases
 
 
@@ -242,7 +243,22 @@ def _refused(case: Case) -> float:
     return 0.0
 
 
-CHECKS = {"train": _difference, "move": _moved, "count": _counted, "refuse": _refused}
+def _partial(case: Case) -> float:
+    """Gradients that tensor parallelism leaves as partial sums: the difference from steps with their sum."""
+    torch.manual_seed(2)
+    value, parts = torch.randn(6, 4, dtype=torch.float64), torch.randn(3, case.world, 6, 4, dtype=torch.float64)
+    mesh = init_device_mesh("cpu", (case.world,))
+    pieces, plain = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])), nn.Parameter(value.clone())
+    mine, alone = (MARS([p], lr=0.1, mars_type=case.mars_type, gamma=0.1, weight_decay=0.1) for p in (pieces, plain))
+    for step in parts:
+        pieces.grad = DTensor.from_local(step[dist.get_rank()], mesh, [Partial()])
+        plain.grad = step.sum(0)
+        mine.step()
+        alone.step()
+    return float((whole(pieces) - plain.detach()).abs().max())
+
+
+CHECKS = {"train": _difference, "move": _moved, "count": _counted, "refuse": _refused, "partial": _partial}
 
 
 def _work(rank: int, world: int, folder: str, containing: str) -> None:
