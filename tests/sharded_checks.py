@@ -38,6 +38,7 @@ from mars_optim import MARS, Preconditioner, register_preconditioner
 from mars_optim.backends import Backend
 from mars_optim.batch import Batch
 from mars_optim.costs import TensorSpec, replicated_step, sharded_step
+from mars_optim.sharding import plan, replicas
 from sharded_training import STEPS, Case, build, optimizer_of, spread, train, whole
 
 LAYOUTS = {
@@ -71,6 +72,8 @@ def _cases() -> list[Case]:
     eight_bits = {"state_precision": "8bit"}
     cases.append(Case("fsdp", "adamw", 4, eight_bits, tolerance=0.1, check="move", to=("hsdp 2x2", "alone")))
     cases.append(Case("any", "any", 2, check="refuse"))
+    for layout in ("ddp + sharded state", "hsdp 2x2"):
+        cases += [Case(layout, "m", 4, check="rounds"), Case(layout, "m", 4, {}, "mixed", 1e-5)]
     cases += [Case("tp", t, 2, check="partial") for t in ("adamw", "m")]
     return cases
 
@@ -166,7 +169,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if name.startswith(("c10d.", "_c10d_functional.")):
-            given = args[0] if "allreduce" in name or "broadcast" in name else [args[1]]
+            given = args[0] if "allreduce" in name or "broadcast" in name else args[1:2]
             num_bytes = sum(t.nbytes for t in given if isinstance(t, Tensor))
             count, before = self.found.get(name.split(".")[1], (0, 0))
             self.found[name.split(".")[1]] = count + 1, before + num_bytes
@@ -243,6 +246,22 @@ def _refused(case: Case) -> float:
     return 0.0
 
 
+def _in_rounds(case: Case) -> float:
+    """As `train`, with so little in a round, or bucket, that there are many."""
+    before = plan.ROUND_ELEMENTS, replicas.BUCKET_BYTES
+    plan.ROUND_ELEMENTS, replicas.BUCKET_BYTES = 150, 1000
+    plan.make_plan.cache_clear()
+    try:
+        with Traffic() as traffic:
+            difference = _difference(case)
+    finally:
+        plan.ROUND_ELEMENTS, replicas.BUCKET_BYTES = before
+        plan.make_plan.cache_clear()
+    most = max(count for count, _ in traffic.found.values())
+    assert most >= 4 * STEPS, f"{traffic.found}: there was one round"
+    return difference
+
+
 def _partial(case: Case) -> float:
     """Gradients that tensor parallelism leaves as partial sums: the difference from steps with their sum."""
     torch.manual_seed(2)
@@ -258,7 +277,14 @@ def _partial(case: Case) -> float:
     return float((whole(pieces) - plain.detach()).abs().max())
 
 
-CHECKS = {"train": _difference, "move": _moved, "count": _counted, "refuse": _refused, "partial": _partial}
+CHECKS = {
+    "train": _difference,
+    "move": _moved,
+    "count": _counted,
+    "refuse": _refused,
+    "partial": _partial,
+    "rounds": _in_rounds,
+}
 
 
 def _work(rank: int, world: int, folder: str, containing: str) -> None:

@@ -33,6 +33,7 @@ class Block(nn.Module):
         self.experts = nn.Parameter(torch.randn(3, width, width) / width**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.gate.dtype)
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
         x = x + torch.softmax(q @ k.mT, -1) @ v
         x = x + torch.einsum("btw,ewv->btv", x.tanh(), self.experts) / 3
@@ -50,7 +51,9 @@ class Model(nn.Module):
         next(self.blocks.parameters()).requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.blocks(self.embedding(tokens))) * 1.0  # no view: FSDP warns of those
+        return (
+            self.head(self.blocks(self.embedding(tokens)).to(self.head.weight.dtype)) * 1.0
+        )  # no view: FSDP warns of those
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,17 @@ class Case:
     def name(self) -> str:
         options = [f"{name}={value}" for name, value in self.options.items()]
         to = [] if not self.to else ["to", ", ".join(self.to)]
-        return " ".join([f"{self.world} {self.layout} {self.mars_type}", self.check, *options, *to])
+        dtype = [] if self.dtype == "float64" else [self.dtype]
+        return " ".join([f"{self.world} {self.layout} {self.mars_type}", self.check, *dtype, *options, *to])
 
 
 def build(case: Case) -> Model:
     torch.manual_seed(3)
-    return Model().to(getattr(torch, case.dtype))
+    if case.dtype != "mixed":
+        return Model().to(getattr(torch, case.dtype))
+    model = Model().double()
+    model.blocks[1].float()
+    return model
 
 
 def optimizer_of(case: Case, model: nn.Module, **options: Any) -> MARS:
