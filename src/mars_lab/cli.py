@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import tyro
@@ -12,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mars_lab import train
-from mars_lab.errors import InputError, reported
+from mars_lab.drill.faults import FAULTS
+from mars_lab.drill.table import Drill, Row, table
+from mars_lab.errors import InputError, TrainingError, reported
 from mars_lab.recipes.registry import DEFAULT, RECIPES
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
@@ -30,6 +33,7 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
   recipes                              list the recipes
+  drill                                break a training in every known way, and see it recover
   export FILE [RUN]                    write a run's newest checkpoint as a file of torch.save
   import FILE [RUN]                    make such a file the newest checkpoint of a run
 """
@@ -76,6 +80,14 @@ class FileCommand:
     """Folder of the runs."""
 
 
+@dataclass(frozen=True)
+class DrillCommand:
+    """Inject faults into tiny trainings on two processes and print a row for each."""
+
+    faults: tuple[str, ...] = tuple(FAULTS)
+    """Which ones."""
+
+
 def _sample(args: list[str]) -> None:
     command = tyro.cli(SampleCommand, args=args, prog="mars sample")
     task, model = launch.load_model(run_folder.find(command.runs, command.run))
@@ -108,6 +120,24 @@ def _compare(args: list[str]) -> None:
     print(f"{table}\nIn {command.runs / command.name}: compare.md, compare.json, compare.png, and every run.")
 
 
+def _drill(args: list[str]) -> None:
+    command = tyro.cli(DrillCommand, args=args, prog="mars drill")
+    if unknown := set(command.faults) - set(FAULTS):
+        raise InputError(f"no fault {min(unknown)!r}; known: {', '.join(FAULTS)}")
+    with TemporaryDirectory(prefix="mars-drill-") as folder:
+        print("Training undisturbed, as the measure ...", flush=True)
+        drill = Drill(Path(folder))
+        rows: list[Row] = []
+        for number, name in enumerate(command.faults, 1):
+            print(f"fault {number} of {len(command.faults)}: {FAULTS[name].what} ...", flush=True)
+            rows.append(drill.run(name))
+            if not rows[-1].is_good:
+                print(rows[-1].output)
+    print(table(rows))
+    if not all(row.is_good for row in rows):
+        raise TrainingError("a fault was not recovered from; what was printed is above")
+
+
 def _recipes(args: list[str]) -> None:
     tyro.cli(_nothing, args=args, prog="mars recipes")
     table = Table("recipe", "learning rate", "what it is", box=None, padding=(0, 2, 0, 0))
@@ -128,6 +158,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "import": _import,
     "compare": _compare,
     "recipes": _recipes,
+    "drill": _drill,
 }
 
 

@@ -46,6 +46,8 @@ def _child(sender: Connection, work: Callable[..., Any], rank: int, size: int, p
     os.environ.update(zip(names, map(str, (rank, size, rank, size, "localhost", port)), strict=True))
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # the compiler's own, and
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     try:
         sender.send((None, work(*arguments)))
     except BaseException:

@@ -113,9 +113,7 @@ def test_a_crash_while_writing_leaves_the_previous_one(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail)
-        with pytest.raises(
-            TrainingError, match=r"could not be written to .*: no space left on device .on rank 0.; the one before"
-        ):
+        with pytest.raises(TrainingError, match=r"not be written to .*: no space left on device .*; the one before"):
             save(tmp_path, 40)
     assert loaded_step(tmp_path) == 30
     save(tmp_path, 40)

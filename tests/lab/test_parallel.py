@@ -29,24 +29,19 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("ddp", 2),
     Case("ddp", 2, "mars-m", "exact"),
-    Case("ddp", 2, "adamw", compile=True),
-    Case("fsdp", 2, "mars-adamw", "exact"),
+    Case("ddp", 2, "adamw"),
     Case("fsdp", 2, "muon"),
-    Case("fsdp", 2, "mars-adamw", precision="bf16"),
+    Case("fsdp", 2, precision="bf16"),
     Case("fsdp", 2, compile=True),
     Case("tp", 2, "adamw"),
-    Case("ddp", 4),
-    Case("fsdp", 4, "adamw"),
-    Case("hsdp", 4),
+    Case("hsdp", 4, "mars-adamw", "exact"),
     Case("tp", 4),
-    Case("tp", 4, precision="bf16"),
 ]
 
 
 def config_of(tiny: RunConfig, case: Case, group_size: int | None = None) -> RunConfig:
-    changes = {"dropout": 0.0, "num_heads": 4, "num_layers": 2}
+    changes = {"dropout": 0.0, "num_heads": 4, "num_layers": 1}
     task = dataclasses.replace(tiny.task, model=dataclasses.replace(tiny.task.model, **changes), sample_tokens=2)
     optimizer: Any = dataclasses.replace(tiny.optimizer, name=case.optimizer, mode=case.mode, lr=0.01)  # pyright: ignore[reportArgumentType]
     settings: dict[str, Any] = {"parallel": case.parallel, "precision": case.precision, "compile": case.compile}
@@ -56,18 +51,16 @@ def config_of(tiny: RunConfig, case: Case, group_size: int | None = None) -> Run
     )
 
 
-def join_all(configs: list[tuple[RunConfig, str]], runs: Path) -> None:
-    for config, name in configs:
-        launch.join(config, runs, name)
+def join(config: RunConfig, runs: Path, name: str) -> None:
+    launch.join(config, runs, name)
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory, tiny: RunConfig) -> Path:
     """Every case, trained by its number of processes."""
     runs = tmp_path_factory.mktemp("many")
-    for size in (2, 4):
-        work = [(config_of(tiny, case, group_size=2), str(CASES.index(case))) for case in CASES if case.size == size]
-        run_ranks(join_all, size, work, runs, timeout=240)
+    for number, case in enumerate(CASES):
+        run_ranks(join, case.size, config_of(tiny, case, group_size=2), runs, str(number))
     return runs
 
 
@@ -132,7 +125,7 @@ def test_processes_are_arranged(parallel: Any, group: int | None, size: int, loc
         (
             {"batch_size": 6},
             4,
-            r"train.batch-size \(6\) .* multiple of the 4 that share it; the nearest that fits is 8",
+            r"train.batch-size \(6\) .* multiple of the 4 that share it; .* fits is 8",
         ),
         ({"parallel": "hsdp", "group_size": 3}, 4, r"train.group-size \(3\) must divide the number of processes \(4\)"),
         ({"parallel": "tp", "group_size": 3}, 4, r"train.group-size \(3\) must divide"),

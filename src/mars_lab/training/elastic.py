@@ -22,6 +22,8 @@ def launch(arguments: Sequence[str], num_processes: int, *, max_restarts: int) -
         Interrupted: Ctrl-C or SIGTERM.
         TrainingError: a process failed once more.
     """
+    # With a store that outlives a restart, gloo finds the addresses of the processes that are gone.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # More threads than cores make each other wait.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     config = LaunchConfig(

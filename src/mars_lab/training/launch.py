@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,18 @@ def join(config: RunConfig, runs: Path, name: str) -> dict[str, Any]:
         return folder.summary() or train(prepare(config), config, folder, processes=processes)
 
 
-def resume(folder: RunFolder, *, quiet: bool = False, layout: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def prepare(config: RunConfig) -> LanguageTask:
+    """The task of `config`; its data are made ready, and checked."""
+    return LanguageTask(config.task, config.train.seed)
+
+
+def resume(
+    folder: RunFolder,
+    *,
+    quiet: bool = False,
+    layout: Mapping[str, Any] | None = None,
+    open_task: Callable[[RunConfig], LanguageTask] = prepare,
+) -> dict[str, Any]:
     """Continue the run in `folder` and return its summary; a finished run's is returned at once.
 
     `layout` replaces fields of its `TrainConfig` that say how the work is divided.
@@ -55,7 +66,7 @@ def resume(folder: RunFolder, *, quiet: bool = False, layout: Mapping[str, Any] 
     with joined(config.train) as processes:
         _say_if_restarted(processes.ranks)
         processes.ranks.first_does(lambda: prepare(config).fingerprint)
-        return train(prepare(config), config, folder, quiet=quiet, processes=processes)
+        return train(open_task(config), config, folder, quiet=quiet, processes=processes)
 
 
 def load_model(folder: RunFolder) -> tuple[LanguageTask, GPT2]:
@@ -73,11 +84,6 @@ def load_model(folder: RunFolder) -> tuple[LanguageTask, GPT2]:
         model = task.build_model()
     model.load_state_dict(state["model"])
     return task, model
-
-
-def prepare(config: RunConfig) -> LanguageTask:
-    """The task of `config`; its data are made ready, and checked."""
-    return LanguageTask(config.task, config.train.seed)
 
 
 def _open_or_start(config: RunConfig, runs: Path, name: str) -> None:

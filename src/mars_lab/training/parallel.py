@@ -1,5 +1,6 @@
 """A model spread over processes: DDP, FSDP2, HSDP, tensor parallelism."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -30,10 +31,13 @@ def spread(model: nn.Module, task: Task, config: TrainConfig, processes: Process
         shard_mesh = processes.mesh  # with DATA before SHARD: HSDP
     elif shard_mesh.size() == 1:
         return  # layers are split over all processes, and nothing is left to shard
+    if tensor_mesh is not None:
+        # True of logits that were a DTensor; no loss changes them in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy()
     if config.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    num_shards = shard_mesh[SHARD].size()
+    num_shards = shard_mesh.size(-1)
     for part in (*task.layers(model), model):
         _check_sizes(part, num_shards)
         fully_shard(part, mesh=shard_mesh, mp_policy=policy, shard_placement_fn=_shard_dimension)

@@ -1,6 +1,7 @@
 """Writing checkpoints while the training goes on."""
 
 import io
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -68,8 +69,9 @@ class Saver:
         if self._error is not None:
             error, self._error = self._error, None
             raise TrainingError(
-                f"the checkpoint could not be written to {self._folder}: {_cause(error)}; the one before is intact. "
-                "Make room, then continue with: mars train --resume"
+                f"the checkpoint could not be written to {self._folder}: {_cause(error)}; the one before is intact; "
+                f"{shutil.disk_usage(self._folder.parent).free:,} bytes are free there. Make room, then continue with: "
+                "mars train --resume"
             ) from error
 
     def _run(self, step: int, tensors: dict[str, Any], values: bytes) -> None:
