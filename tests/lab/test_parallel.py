@@ -88,9 +88,10 @@ def test_the_losses_and_weights_of_one_process(
     state, wanted = (outcome(p)[0]["model"] for p in (path, expected_path))
     assert state.keys() == wanted.keys()
     for name, value in wanted.items():
-        # Of a whole tensor: where a gradient is nearly 0, its rounding decides the sign of Adam's first steps.
+        # Of a whole tensor: where a gradient is nearly 0, its rounding decides the sign of Adam's first steps. Torch's
+        # Muon orthogonalises in bf16.
         error = (state[name] - value).norm() / value.norm()
-        assert error < (5e-3 if case.precision == "fp32" else 0.1), name
+        assert error < (5e-3 if case.precision == "fp32" and case.optimizer != "muon" else 0.1), name
     assert len(list((path / "tensorboard").iterdir())) == 1, "one process writes"
 
 
