@@ -1,58 +1,42 @@
 """The command `mars`."""
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mars_lab.errors import InputError, TrainingError
-from mars_lab.recipes.registry import DEFAULT, RECIPES, recipe
+from mars_lab import train
+from mars_lab.drill.faults import FAULTS
+from mars_lab.drill.table import Drill, Row, table
+from mars_lab.errors import InputError, TrainingError, reported
+from mars_lab.recipes.registry import DEFAULT, RECIPES
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
 from mars_lab.training import launch, run_folder
 from mars_lab.training.allocator import keep_freed_memory
-from mars_lab.training.config import RunConfig
+from mars_lab.training.checkpoint import plain
 from mars_lab.training.interruption import Interrupted
-from mars_lab.training.loop import train
-from mars_lab.training.run_folder import RunFolder
 
 _USAGE = """\
 usage: mars COMMAND ...   (mars COMMAND --help says more)
 
   train [RECIPE] [--FIELD VALUE ...]   train a model; RECIPE is a name from `mars recipes`
   train --resume [RUN]                 continue a run, by default the one started last
+  train ... --nproc N                  the same with N processes on this machine
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
   recipes                              list the recipes
+  drill                                break a training in every known way, and see it recover
+  export FILE [RUN]                    write a run's newest checkpoint as a file of torch.save
+  import FILE [RUN]                    make such a file the newest checkpoint of a run
 """
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Train a model. `mars train --resume [RUN]` continues a run that was stopped."""
-
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    name: str | None = None
-    """Name of the run's folder; by default the recipe's name and a number."""
-    runs: Path = Path("runs")
-    """Folder of the runs."""
-
-
-@dataclass(frozen=True)
-class ResumeCommand:
-    """Continue a run with the configuration it was started with."""
-
-    run: tyro.conf.Positional[str | None] = None
-    """Name or folder of the run; by default the one that was started last."""
-    runs: Path = Path("runs")
-    """Folder of the runs."""
 
 
 @dataclass(frozen=True)
@@ -84,40 +68,24 @@ class CompareCommand:
     """Folder of the runs."""
 
 
-def _train(args: list[str]) -> None:
-    if "--resume" in args:
-        args.remove("--resume")
-        _resume(tyro.cli(ResumeCommand, args=args, prog="mars train --resume"))
-        return
-    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT
-    default = TrainCommand(config=recipe(name))
-    command = tyro.cli(TrainCommand, args=args, default=default, prog=f"mars train {name}")
-    config = dataclasses.replace(command.config, train=command.config.train.resolved())
-    task, folder = launch.start(config, command.runs, command.name or name, numbered=command.name is None)
-    print(f"Training {folder.path} with {config.optimizer.name} in {config.train.precision}", flush=True)
-    _guard(folder, lambda: train(task, config, folder))
+@dataclass(frozen=True)
+class FileCommand:
+    """Carry a run's newest checkpoint to or from a file of plain state dicts."""
+
+    file: tyro.conf.Positional[Path]
+    """The file of `torch.save`."""
+    run: tyro.conf.Positional[str | None] = None
+    """Name or folder of the run; by default the one that was started last."""
+    runs: Path = Path("runs")
+    """Folder of the runs."""
 
 
-def _resume(command: ResumeCommand) -> None:
-    folder = run_folder.find(command.runs, command.run)
-    if folder.summary() is not None:
-        print(f"{folder.path} is finished; there is nothing to resume.")
-        return
-    print(f"Continuing {folder.path}", flush=True)
-    _guard(folder, lambda: launch.resume(folder))
+@dataclass(frozen=True)
+class DrillCommand:
+    """Inject faults into tiny trainings on two processes and print a row for each."""
 
-
-def _guard(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> None:
-    try:
-        summary = work()
-    except Interrupted as interrupted:
-        print(f"\n{str(interrupted).capitalize()}. Continue with: mars train --resume {folder.path}", file=sys.stderr)
-        sys.exit(interrupted.exit_code)
-    print(
-        f"Validation loss {summary['val_loss']:.4f} after {summary['steps']} steps, {summary['tokens']:,} tokens, "
-        f"{summary['seconds']:.0f} s in steps.\nIn {folder.path}: loss.png, sample.txt, metrics.jsonl, "
-        f"summary.json, checkpoints, tensorboard. Next: mars sample {folder.path} --prompt 'We the people'"
-    )
+    faults: tuple[str, ...] = tuple(FAULTS)
+    """Which ones."""
 
 
 def _sample(args: list[str]) -> None:
@@ -125,6 +93,20 @@ def _sample(args: list[str]) -> None:
     task, model = launch.load_model(run_folder.find(command.runs, command.run))
     options = {name: getattr(command, name) for name in ("temperature", "top_k", "seed")}
     print(continue_text(task, model, command.prompt, command.num_tokens, **options))
+
+
+def _export(args: list[str]) -> None:
+    command = tyro.cli(FileCommand, args=args, prog="mars export")
+    step = plain.export(run_folder.find(command.runs, command.run).checkpoints, command.file)
+    print(f"{command.file} holds the state after step {step}; torch.load(..., weights_only=True) reads it")
+
+
+def _import(args: list[str]) -> None:
+    command = tyro.cli(FileCommand, args=args, prog="mars import")
+    folder = run_folder.find(command.runs, command.run)
+    with folder.locked():
+        step = plain.import_(command.file, folder.checkpoints)
+    print(f"{folder.path} continues after step {step} with: mars train --resume {folder.path}")
 
 
 def _compare(args: list[str]) -> None:
@@ -136,6 +118,24 @@ def _compare(args: list[str]) -> None:
         print(f"\n{str(interrupted).capitalize()}. The same command again continues.", file=sys.stderr)
         sys.exit(interrupted.exit_code)
     print(f"{table}\nIn {command.runs / command.name}: compare.md, compare.json, compare.png, and every run.")
+
+
+def _drill(args: list[str]) -> None:
+    command = tyro.cli(DrillCommand, args=args, prog="mars drill")
+    if unknown := set(command.faults) - set(FAULTS):
+        raise InputError(f"no fault {min(unknown)!r}; known: {', '.join(FAULTS)}")
+    with TemporaryDirectory(prefix="mars-drill-") as folder:
+        print("Training undisturbed, as the measure ...", flush=True)
+        drill = Drill(Path(folder))
+        rows: list[Row] = []
+        for number, name in enumerate(command.faults, 1):
+            print(f"fault {number} of {len(command.faults)}: {FAULTS[name].what} ...", flush=True)
+            rows.append(drill.run(name))
+            if not rows[-1].is_good:
+                print(rows[-1].output)
+    print(table(rows))
+    if not all(row.is_good for row in rows):
+        raise TrainingError("a fault was not recovered from; what was printed is above")
 
 
 def _recipes(args: list[str]) -> None:
@@ -152,10 +152,13 @@ def _nothing() -> None:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": _train,
+    "train": train.main,
     "sample": _sample,
+    "export": _export,
+    "import": _import,
     "compare": _compare,
     "recipes": _recipes,
+    "drill": _drill,
 }
 
 
@@ -167,17 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_USAGE, end="")
         return
     name = args.pop(0)
-    try:
+    with reported("mars"):
         if name not in _COMMANDS:
             near = get_close_matches(name, _COMMANDS, n=1, cutoff=0.0)[0]
             raise InputError(f"no command {name!r}; did you mean {near!r}? The commands: {', '.join(_COMMANDS)}")
         _COMMANDS[name](args)
-    except (InputError, TrainingError) as error:
-        print(f"mars: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except OSError as error:
-        print(f"mars: {error.strerror or error}: {error.filename or 'while reading or writing'}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("mars: stopped", file=sys.stderr)
-        sys.exit(130)

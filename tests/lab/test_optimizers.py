@@ -141,7 +141,9 @@ def test_a_restored_stepper_continues_bit_for_bit(name: str, mode: str) -> None:
     resumed = fresh_model()
     resumed.load_state_dict(stopped.state_dict())
     resumed_stepper = make(resumed, name=name, mode=mode)
-    resumed_stepper.load_state_dict(stopped_stepper.state_dict())
+    for part, stopped_part in zip(resumed_stepper.parts, stopped_stepper.parts, strict=True):
+        part.load_state_dict(stopped_part.state_dict())
+    resumed_stepper.load_schedules(stopped_stepper.schedules_state())
     for step in range(4, 8):
         straight_stepper.step(backward_of(straight, step), measure_norm=False)
         resumed_stepper.step(backward_of(resumed, step), measure_norm=False)

@@ -108,7 +108,7 @@ def test_after_damage_to_the_newest_checkpoint(tmp_path: Path, tiny: RunConfig) 
     folder = begin(tiny, tmp_path)
     with pytest.raises(PowerCutError):
         train(FragileTask(tiny, 11 * 4), tiny, folder, quiet=True)
-    damaged = folder.checkpoints / "step-00000010" / "state.pt"
+    damaged = folder.checkpoints / "step-00000010" / "__0_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     launch.resume(folder, quiet=True)
     assert_identical(outcome(folder.path), outcome(straight))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mars_lab.report.rows import read_rows
-from mars_lab.training import checkpoint
+from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import RunConfig
 from mars_lab.training.run_folder import RunFolder
 
@@ -60,7 +60,7 @@ def start_mars(*args: str, cwd: Path) -> subprocess.Popen[str]:
 
 def outcome(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The last checkpoint of a run and its metrics, both without the times."""
-    state = checkpoint.load_newest(RunFolder(path).checkpoints, "cpu")
+    state = plain.read_newest(RunFolder(path).checkpoints)
     assert state is not None
     del state["seconds"]
     return state, [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(path / "metrics.jsonl")]

@@ -52,18 +52,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config, layer_index: int) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_width = config.width // config.num_heads
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.c_proj = nn.Linear(config.width, config.width, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.scale = 1.0 / math.sqrt(config.width // config.num_heads)
+        self.scale = 1.0 / math.sqrt(self.head_width)
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_index + 1
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         q_BHTK, k_BHTK, v_BHTK = (
-            part_BTD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            part_BTD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for part_BTD in self.c_attn(x_BTD).chunk(3, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0

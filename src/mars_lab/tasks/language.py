@@ -1,18 +1,22 @@
 """Language modelling: GPT-2 on a corpus of text."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from mars_lab.data import tokens
 from mars_lab.data.batches import Windows, evaluation_sequences
 from mars_lab.data.tokens import END_OF_TEXT, DataConfig
 from mars_lab.errors import InputError
+from mars_lab.models import tensor_parallel
 from mars_lab.models.gpt2 import GPT2, GPT2Config, generate
+from mars_lab.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ class LanguageTask:
         """GPT-2 with fresh weights."""
         return GPT2(self.config.model)
 
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(cast(GPT2, model).transformer.h)
+
+    def split_layers(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Attention by heads, the MLP by hidden units."""
+        tensor_parallel.split(cast(GPT2, model), mesh)
+
     def batch(self, first: int, count: int) -> Tensor:
         """Windows of tokens: int64 (count, context_length + 1)."""
         return self._windows.sequences(first, count)
@@ -68,14 +80,17 @@ class LanguageTask:
         return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, device: str) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, float]:
         """Mean cross-entropy per held-out token, in nats, as `val_loss`."""
         model.eval()
         total = 0.0
         for batch in self._eval_sequences.split(self.config.eval_batch_size):
-            total += self.loss(model, batch.to(device)).item() * len(batch)
+            rows, count = ranks.weighted_rows(batch)
+            total += self.loss(model, rows.to(ranks.device)).item() * count
         model.train()
-        return {"val_loss": total / len(self._eval_sequences)}
+        # Processes with the same share count its rows equally often, above and below.
+        count = len(self._eval_sequences) * ranks.size / ranks.num_shares
+        return {"val_loss": ranks.sums([total])[0] / count}
 
     def sample(self, model: nn.Module, device: str) -> str:
         """Text that continues `sample_prompt`."""

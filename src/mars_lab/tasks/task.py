@@ -1,8 +1,12 @@
 """The interface between a task and the training loop."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from mars_lab.ranks import Ranks
 
 
 class Task(Protocol):
@@ -22,6 +26,14 @@ class Task(Protocol):
         """A freshly initialised model, drawn from torch's global generator."""
         ...
 
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The parts of a model of this task that are gathered one at a time when it is sharded, in order of use."""
+        ...
+
+    def split_layers(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Split the matrices of a model of this task over the processes of `mesh` (tensor parallelism)."""
+        ...
+
     def batch(self, first: int, count: int) -> Tensor:
         """Training sequences number `first` to `first + count - 1` since the start: a pure function."""
         ...
@@ -30,8 +42,11 @@ class Task(Protocol):
         """Mean training loss over the targets of `batch`, a scalar."""
         ...
 
-    def evaluate(self, model: nn.Module, device: str) -> dict[str, float]:
-        """Measures on held-out data, `val_loss` among them; leaves every random generator as it was."""
+    def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, float]:
+        """Measures on held-out data, `val_loss` among them; leaves every random generator as it was.
+
+        Called by all of `ranks`, which share the work and return the same.
+        """
         ...
 
     def sample(self, model: nn.Module, device: str) -> str:

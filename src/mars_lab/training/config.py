@@ -68,7 +68,7 @@ class TrainConfig:
 
     num_steps: int = 400
     batch_size: int = 16
-    """Sequences in one forward and backward pass."""
+    """Sequences in one forward and backward pass, of all processes together."""
     num_accumulation_steps: int = 1
     """Passes whose gradients are averaged into one step."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -80,6 +80,13 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "bf16-params"] = "auto"
     """bf16 runs the model under autocast, bf16-params also stores its weights so. auto: bf16 where the hardware
     multiplies it, otherwise fp32."""
+    parallel: Annotated[Literal["ddp", "fsdp", "hsdp", "tp"], tyro.conf.arg(aliases=("--parallel",))] = "ddp"
+    """What several processes divide: the batch alone (ddp), also the weights and the optimizer's state (fsdp; hsdp
+    within groups), or also each layer within groups (tp). docs/cluster.md says which to take."""
+    group_size: int | None = None
+    """Processes in a group of hsdp or tp; None means those of a node."""
+    timeout: float = 600.0
+    """Seconds without progress after which a process is taken for hung and the training ends with its name."""
     compile: bool = False
     """Compile the model; pays off in long runs only."""
     device: str = "auto"
@@ -98,6 +105,10 @@ class TrainConfig:
         for name in (*positive, "num_checkpoints"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.group_size is not None and self.group_size < 1:
+            raise InputError(f"train.group_size must be at least 1, got {self.group_size}")
+        if not self.timeout > 0:
+            raise InputError(f"train.timeout must be above 0 seconds, got {self.timeout}")
         for name in ("warmup_fraction", "final_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")

@@ -6,10 +6,10 @@ from typing import Self
 
 
 class Interrupted(Exception):  # noqa: N818 - it reports a wish, not an error
-    """Training stopped on request, after saving; `exit_code` is 128 plus the signal, as shells have it."""
+    """Training stopped on request; `exit_code` is 128 plus the signal, as shells have it."""
 
-    def __init__(self, step: int, signal_number: int) -> None:
-        super().__init__(f"stopped after step {step} and saved")
+    def __init__(self, what: str, signal_number: int) -> None:
+        super().__init__(what)
         self.exit_code = 128 + signal_number
 
 

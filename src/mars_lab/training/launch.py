@@ -1,5 +1,9 @@
 """From a configuration to a run, from a run folder to a model."""
 
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +11,13 @@ import torch
 
 from mars_lab.errors import InputError
 from mars_lab.models.gpt2 import GPT2
+from mars_lab.ranks import Ranks
 from mars_lab.tasks.language import LanguageTask
-from mars_lab.training import checkpoint, run_folder
+from mars_lab.training import run_folder
+from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import RunConfig
 from mars_lab.training.loop import train
+from mars_lab.training.processes import joined
 from mars_lab.training.run_folder import RunFolder
 
 
@@ -19,16 +26,47 @@ def start(config: RunConfig, runs: Path, name: str, *, numbered: bool) -> tuple[
 
     `config` should be free of `auto` (`TrainConfig.resolved`), so that the run can be continued elsewhere.
     """
-    task = LanguageTask(config.task, config.train.seed)
+    task = prepare(config)
     return task, run_folder.create(runs, name, config, numbered=numbered)
 
 
-def resume(folder: RunFolder, *, quiet: bool = False) -> dict[str, Any]:
-    """Continue the run in `folder` and return its summary; a finished run's is returned at once."""
+def join(config: RunConfig, runs: Path, name: str) -> dict[str, Any]:
+    """Train the run `name` together with the processes that a launcher has started; begun already, it is continued.
+
+    Raises:
+        InputError: the folder holds something else, or a run with another configuration.
+    """
+    with joined(config.train) as processes:
+        _say_if_restarted(processes.ranks)
+        processes.ranks.first_does(lambda: _open_or_start(config, runs, name))
+        folder = RunFolder(runs / name)
+        return folder.summary() or train(prepare(config), config, folder, processes=processes)
+
+
+def prepare(config: RunConfig) -> LanguageTask:
+    """The task of `config`; its data are made ready, and checked."""
+    return LanguageTask(config.task, config.train.seed)
+
+
+def resume(
+    folder: RunFolder,
+    *,
+    quiet: bool = False,
+    layout: Mapping[str, Any] | None = None,
+    open_task: Callable[[RunConfig], LanguageTask] = prepare,
+) -> dict[str, Any]:
+    """Continue the run in `folder` and return its summary; a finished run's is returned at once.
+
+    `layout` replaces fields of its `TrainConfig` that say how the work is divided.
+    """
     if (summary := folder.summary()) is not None:
         return summary
     config = folder.config()
-    return train(LanguageTask(config.task, config.train.seed), config, folder, quiet=quiet)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **(layout or {})))
+    with joined(config.train) as processes:
+        _say_if_restarted(processes.ranks)
+        processes.ranks.first_does(lambda: prepare(config).fingerprint)
+        return train(open_task(config), config, folder, quiet=quiet, processes=processes)
 
 
 def load_model(folder: RunFolder) -> tuple[LanguageTask, GPT2]:
@@ -37,12 +75,35 @@ def load_model(folder: RunFolder) -> tuple[LanguageTask, GPT2]:
     Raises:
         InputError: there is no checkpoint yet, or none is readable.
     """
-    state = checkpoint.load_newest(folder.checkpoints, "cpu")
+    state = plain.read_newest(folder.checkpoints)
     if state is None:
         raise InputError(f"{folder.path} has no checkpoint yet; continue it with `mars train --resume {folder.path}`")
     config = folder.config()
-    task = LanguageTask(config.task, config.train.seed)
+    task = prepare(config)
     with torch.random.fork_rng(devices=[]):
         model = task.build_model()
     model.load_state_dict(state["model"])
     return task, model
+
+
+def _open_or_start(config: RunConfig, runs: Path, name: str) -> None:
+    folder = RunFolder(runs / name)
+    if not (folder.path / "config.json").exists():
+        start(config, runs, name, numbered=False)
+        return
+    begun = folder.config()
+    layout = {field: getattr(config.train, field) for field in ("parallel", "group_size")}
+    if dataclasses.replace(begun, train=dataclasses.replace(begun.train, **layout)) != config:
+        raise InputError(
+            f"{folder.path} was begun with another configuration; give it as it stands in its config.json, or choose "
+            "another --name"
+        )
+    prepare(config)
+
+
+def _say_if_restarted(ranks: Ranks) -> None:
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if ranks.is_first and count != "0":
+        print(
+            f"Started again, number {count}; continuing from the newest good checkpoint.", file=sys.stderr, flush=True
+        )

@@ -12,9 +12,15 @@ from mars_lab.training.run_folder import RunFolder
 
 
 class Metrics:
-    """Appends one row a line. On opening, rows after `step` are removed: the resumed run writes them again."""
+    """Appends one row a line. On opening, rows after `step` are removed: the resumed run writes them again.
 
-    def __init__(self, folder: RunFolder, step: int) -> None:
+    Of several processes one `writes`; on the others nothing happens.
+    """
+
+    def __init__(self, folder: RunFolder, step: int, *, writes: bool = True) -> None:
+        self._writes = writes
+        if not writes:
+            return
         kept = [row for row in read_rows(folder.metrics) if step > 0 and row["step"] <= step]
         folder.write(folder.metrics.name, "".join(json.dumps(row) + "\n" for row in kept))
         self._stream = folder.metrics.open("a", encoding="utf-8")
@@ -22,6 +28,8 @@ class Metrics:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record `values` as of `step` steps taken."""
+        if not self._writes:
+            return
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():
@@ -29,7 +37,8 @@ class Metrics:
 
     def flush_to_disk(self) -> None:
         """Make the rows survive a power failure; called before a checkpoint that builds on them."""
-        os.fsync(self._stream.fileno())
+        if self._writes:
+            os.fsync(self._stream.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -37,5 +46,6 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stream.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._stream.close()
+            self._tensorboard.close()

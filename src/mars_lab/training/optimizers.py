@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -69,21 +70,18 @@ class Stepper:
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
             return None
-        return norm.item() if measure_norm else None
+        if not measure_norm:
+            return None
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
-    def state_dict(self) -> dict[str, Any]:
-        """States of the optimizers and of the schedules."""
-        return {
-            "parts": [part.state_dict() for part in self.parts],
-            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
-        }
+    def schedules_state(self) -> list[dict[str, Any]]:
+        """States of the schedules; those of the optimizers are theirs to give."""
+        return [scheduler.state_dict() for scheduler in self._schedulers]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo `state_dict`."""
-        for part, value in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(value)
-        for scheduler, value in zip(self._schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(value)
+    def load_schedules(self, states: list[dict[str, Any]]) -> None:
+        """Undo `schedules_state`; after the optimizers have been loaded."""
+        for scheduler, state in zip(self._schedulers, states, strict=True):
+            scheduler.load_state_dict(state)
 
 
 def build(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Stepper:

@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 class RunProgress:
     """Loss, tokens per second and time left of a run of `num_steps` steps, beginning at `first_step`.
 
-    `quiet` leaves only the live line, and that only on a terminal.
+    `quiet` leaves only the live line, and that only on a terminal. Of several processes one `shows` anything.
     """
 
-    def __init__(self, num_steps: int, first_step: int, *, quiet: bool) -> None:
+    def __init__(self, num_steps: int, first_step: int, *, quiet: bool, shows: bool = True) -> None:
         self._console = Console(highlight=False)
-        self._quiet = quiet
+        self._quiet = quiet or not shows
         self._num_steps = num_steps
         self._first_step = first_step
         self._begin = self._last_line = time.monotonic()
@@ -28,7 +28,7 @@ class RunProgress:
             BarColumn(),
             TextColumn("{task.fields[status]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not (shows and self._console.is_terminal),
             transient=True,
         )
         self._task = self._bar.add_task("", total=num_steps, completed=first_step, status="")

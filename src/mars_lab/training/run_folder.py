@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,17 +55,25 @@ class RunFolder:
         partial.replace(self.path / name)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0) -> Iterator[None]:
         """Keep other processes out; the lock goes when the process does, however it ends.
+
+        `patience` is how many seconds to wait for it: a process whose launcher has died needs some to save and end.
 
         Raises:
             InputError: another process is writing to this folder.
         """
+        deadline = time.monotonic() + patience
         with (self.path / ".lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another process is training in {self.path}; wait for it or stop it") from None
+            while True:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        message = f"another process is training in {self.path}; wait for it or stop it"
+                        raise InputError(message) from None
+                    time.sleep(0.2)
             yield
 
 

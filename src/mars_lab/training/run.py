@@ -1,0 +1,196 @@
+"""Everything that changes while training: model, optimizer, step, clock."""
+
+import dataclasses
+import math
+import random
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mars_lab.errors import InputError, TrainingError
+from mars_lab.tasks.task import Task
+from mars_lab.training import optimizers
+from mars_lab.training.checkpoint import contents, dcp, loader
+from mars_lab.training.checkpoint import folder as folders
+from mars_lab.training.checkpoint.contents import RANDOM, Contents
+from mars_lab.training.checkpoint.random_state import packed, random_state, restore_random_state, unpacked
+from mars_lab.training.checkpoint.saver import Saver
+from mars_lab.training.config import RunConfig
+from mars_lab.training.interruption import Interruption
+from mars_lab.training.metrics import Metrics
+from mars_lab.training.parallel import Forward, spread
+from mars_lab.training.processes import Processes
+from mars_lab.training.progress import RunProgress
+from mars_lab.training.run_folder import RunFolder
+from mars_lab.training.watchdog import Watchdog
+
+_NORM_EVERY = 10
+"""Steps between measurements of the gradient norm; each is one more pass over the gradients."""
+
+
+class Run:
+    """A run as it stands after `step` steps, on one of its processes."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: RunConfig,
+        folder: RunFolder,
+        *,
+        processes: Processes,
+        saver: Saver,
+        watchdog: Watchdog,
+        interruption: Interruption,
+    ) -> None:
+        self.task, self.config, self.folder, self.ranks = task, config.train, folder, processes.ranks
+        self.watchdog, self._saver, self._interruption = watchdog, saver, interruption
+        self._seed(0)  # every process draws the same weights
+        dtype = torch.bfloat16 if config.train.precision == "bf16-params" else None
+        self.model: nn.Module = task.build_model().to(self.ranks.device, dtype)
+        spread(self.model, task, config.train, processes)
+        self.stepper = optimizers.build(self.model, config.optimizer, config.train)
+        self.step = 0
+        self.stop = 0
+        """The signal with which any process was asked to stop; 0 for none."""
+        self.seconds = 0.0
+        """Time spent in steps, evaluations and checkpoints not counted."""
+        self.val_loss = math.nan
+        self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        self._config_dict = dataclasses.asdict(config)
+        if self.ranks.share > 0:
+            self._seed(self.ranks.share)  # dropout differs between parts of a batch
+        if (path := loader.newest_good(folder.checkpoints, self.ranks)) is not None:
+            self._load(path)
+        self._forward = Forward(self.model, task, config.train, processes)
+
+    def _seed(self, share: int) -> None:
+        seed = self.config.seed
+        random.seed(seed + (share << 32))
+        np.random.seed(seed if share == 0 else np.random.SeedSequence([seed, share]).generate_state(4))
+        torch.manual_seed(seed + (share << 32))
+
+    @property
+    def tokens(self) -> int:
+        """Training targets seen so far, by all processes."""
+        sequences = self.config.batch_size * self.config.num_accumulation_steps
+        return self.step * sequences * self.task.tokens_per_sequence
+
+    def take_step(self, metrics: Metrics, progress: RunProgress) -> None:
+        begin, lr, tokens_before = time.perf_counter(), self.stepper.lr, self.tokens
+        loss, norm = self.stepper.step(self._backward, measure_norm=(self.step + 1) % _NORM_EVERY == 0)
+        seconds = time.perf_counter() - begin
+        self.step += 1
+        self.seconds += seconds
+        row = {"tokens": self.tokens, "seconds": self.seconds, "loss": loss, "lr": lr}
+        metrics.log(self.step, row if norm is None else {**row, "grad_norm": norm})
+        progress.step(self.step, loss, self.tokens - tokens_before)
+
+    def _backward(self) -> float:
+        """Mean loss of this step's sequences, of all processes; leaves its gradient in `.grad`."""
+        count, size = self.config.num_accumulation_steps, self.config.batch_size
+        rows = self.ranks.rows(size)
+        losses: list[Tensor] = []
+        for index in range(count):
+            self.watchdog.enter(f"reading the batch of step {self.step + 1}")
+            first = (self.step * count + index) * size
+            batch = self.task.batch(first + rows.start, rows.stop - rows.start).to(self.ranks.device)
+            self.watchdog.enter(f"forward and backward of step {self.step + 1}, which exchange weights or gradients")
+            with self._forward.accumulating(is_last=index == count - 1):
+                with self.autocast():
+                    loss = self.task.loss(self._forward.module, batch) / count
+                loss.backward()
+            losses.append(loss.detach())
+        total = self._agree(sum(torch.stack(losses).tolist()))
+        self.watchdog.enter(f"the optimizer's part of step {self.step + 1}")
+        if not math.isfinite(total):
+            raise self._not_finite(f"the loss is {total} at step {self.step + 1}")
+        return total
+
+    def _agree(self, loss: float) -> float:
+        """The mean of `loss` over all processes, which also learn of each other's signals and failed saves."""
+        self.watchdog.enter(f"all-reduce of the loss of step {self.step + 1}")
+        noted = self._interruption.signal_number
+        flags = (noted == signal.SIGINT, noted == signal.SIGTERM, self._saver.has_failed)
+        total, num_int, num_term, num_failures = self.ranks.sums([loss, *map(float, flags)])
+        if num_int or num_term:
+            self.stop = signal.SIGINT if num_int else signal.SIGTERM
+        if num_failures:
+            self._saver.wait()  # raises: a save that fails on one process fails on all
+        return total / self.ranks.size
+
+    def evaluate(self, metrics: Metrics, progress: RunProgress) -> None:
+        self.watchdog.enter(f"the evaluation after step {self.step}")
+        with self.autocast():
+            measures = self.task.evaluate(self.model, self.ranks)
+        self.val_loss = measures["val_loss"]
+        metrics.log(self.step, {"tokens": self.tokens, "seconds": self.seconds, **measures})
+        progress.evaluated(self.step, self.val_loss)
+
+    def save(self, metrics: Metrics) -> None:
+        """Begin to write a checkpoint, unless a weight is not finite: such a checkpoint would replace a good one."""
+        self.watchdog.enter(f"the checkpoint after step {self.step}, whose predecessor may still be written")
+        bad = [name for p, name in self._names.items() if not _local(p).isfinite().all()]
+        if any_bad := [name for names in self.ranks.gathered(bad[:1]) for name in names]:
+            raise self._not_finite(f"the weight {any_bad[0]} is not finite after step {self.step}")
+        metrics.flush_to_disk()
+        tensors = contents.model_tensors(self.model)
+        for part in self.stepper.parts:
+            tensors |= contents.optimizer_tensors(part, self._names)
+        tensors[f"{RANDOM}{self.ranks.rank}"] = packed(random_state())
+        values: dict[str, Any] = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "val_loss": self.val_loss,
+            "param_groups": [contents.optimizer_groups(part, self._names) for part in self.stepper.parts],
+            "tied": contents.tied_names(self.model),
+            "schedulers": self.stepper.schedules_state(),
+            "next_sequence": self.step * self.config.num_accumulation_steps * self.config.batch_size,
+            "data": self.task.fingerprint,
+            "config": self._config_dict,
+            "num_processes": self.ranks.size,
+            "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
+        }
+        self._saver.save(self.step, Contents(tensors, values))
+
+    def _load(self, path: Any) -> None:
+        values = loader.read_values(path)
+        if values["data"] != self.task.fingerprint:
+            raise InputError(
+                f"the data of {self.folder.path} changed since the run began; restore it, or start a new run"
+            )
+        stored = dcp.stored_tensors(path)
+        tensors = contents.model_tensors(self.model)
+        for part in self.stepper.parts:
+            tensors |= contents.destinations(part, self._names, stored)
+        own_random = f"{RANDOM}{self.ranks.rank}"
+        if own_random in stored:  # otherwise this process is new, and keeps the seed of its share
+            tensors[own_random] = torch.empty(stored[own_random].shape, dtype=torch.uint8)
+        loader.read_into(path, tensors, self.ranks)
+        for part, groups in zip(self.stepper.parts, values["param_groups"], strict=True):
+            contents.load_optimizer(part, self._names, tensors, groups)
+        self.stepper.load_schedules(values["schedulers"])
+        self.step, self.seconds, self.val_loss = values["step"], values["seconds"], values["val_loss"]
+        if own_random in tensors:
+            restore_random_state(unpacked(tensors[own_random]))
+
+    def autocast(self) -> torch.autocast:
+        device_type = torch.device(self.ranks.device).type
+        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision.startswith("bf16"))
+
+    def _not_finite(self, what: str) -> TrainingError:
+        self._saver.wait()
+        good = next(iter(folders.newest_first(self.folder.checkpoints)), None)
+        return TrainingError(
+            f"{what}; the last good checkpoint is "
+            f"{good or 'none, it failed before the first was due'}. "
+            "Try a lower --optimizer.lr or a larger --train.warmup-fraction"
+        )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
