@@ -26,10 +26,12 @@ class Case(NamedTuple):
     mode: str = "approx"
     precision: str = "fp32"
     compile: bool = False
+    shard_state: bool = False
 
 
 CASES = [
     Case("ddp", 2, "mars-m", "exact"),
+    Case("ddp", 2, "mars-m", shard_state=True),
     Case("ddp", 2, "adamw"),
     Case("fsdp", 2, "muon"),
     Case("fsdp", 2, precision="bf16"),
@@ -43,7 +45,8 @@ CASES = [
 def config_of(tiny: RunConfig, case: Case, group_size: int | None = None) -> RunConfig:
     changes = {"dropout": 0.0, "num_heads": 4, "num_layers": 1}
     task = dataclasses.replace(tiny.task, model=dataclasses.replace(tiny.task.model, **changes), sample_tokens=2)
-    optimizer: Any = dataclasses.replace(tiny.optimizer, name=case.optimizer, mode=case.mode, lr=0.01)  # pyright: ignore[reportArgumentType]
+    chosen: dict[str, Any] = {"name": case.optimizer, "mode": case.mode, "shard_state": case.shard_state}
+    optimizer = dataclasses.replace(tiny.optimizer, lr=0.01, **chosen)
     settings: dict[str, Any] = {"parallel": case.parallel, "precision": case.precision, "compile": case.compile}
     train = dataclasses.replace(tiny.train, batch_size=4, num_steps=8, group_size=group_size, **settings)
     return dataclasses.replace(

@@ -47,7 +47,14 @@ class OptimizerConfig:
     param_rounding: Literal["nearest", "stochastic", "kahan", "remainder8", "remainder16"] = "remainder16"
     """MARS: how bf16 weights (train.precision=bf16-params) are rounded, and what is kept of the rest."""
 
+    shard_state: bool = False
+    """MARS on several processes with train.parallel=ddp: each keeps the state of a share of the weights (ZeRO 1)."""
+
     def __post_init__(self) -> None:
+        if self.shard_state and (not self.name.startswith("mars-") or self.mode == "exact"):
+            raise InputError(
+                "optimizer.shard_state is for the MARS types in approx mode; with others use --parallel fsdp"
+            )
         if self.mode == "exact" and not self.name.startswith("mars-"):
             raise InputError(f"optimizer.mode=exact is for the MARS types, not for {self.name!r}")
         stores_otherwise = self.state_precision != "fp32" or self.param_rounding != "remainder16"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
@@ -84,8 +85,13 @@ class Stepper:
             scheduler.load_state_dict(state)
 
 
-def build(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Stepper:
-    """The optimizer that `config` names, over every trainable parameter of `model`."""
+def build(
+    model: nn.Module, config: OptimizerConfig, train: TrainConfig, replicas: dist.ProcessGroup | None = None
+) -> Stepper:
+    """The optimizer that `config` names, over every trainable parameter of `model`.
+
+    `replicas`: the processes that hold whole copies of it; MARS shares its work out among them.
+    """
     if config.name == "adamw":
         return _adamw(model, config, train)
     if config.name == "muon":
@@ -112,6 +118,8 @@ def build(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Step
         max_grad_norm=config.max_grad_norm,
         state_precision=config.state_precision,
         param_rounding=config.param_rounding,
+        process_group=replicas,
+        shard_state=config.shard_state and replicas is not None,
     )
     return Stepper([mars], str(groups.audit), config, train)
 

@@ -33,6 +33,12 @@ class Processes:
         names = self.mesh.mesh_dim_names if self.mesh is not None else None
         return self.mesh[dimension] if self.mesh is not None and names and dimension in names else None
 
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The processes with whole copies of the model, where nothing but the batch is divided."""
+        data = self.along(DATA)
+        return None if data is None or self.mesh is None or self.mesh.ndim > 1 else data.get_group()
+
 
 def were_launched() -> bool:
     """Whether this process is one of several that a launcher has started."""

@@ -53,7 +53,7 @@ class Run:
         dtype = torch.bfloat16 if config.train.precision == "bf16-params" else None
         self.model: nn.Module = task.build_model().to(self.ranks.device, dtype)
         spread(self.model, task, config.train, processes)
-        self.stepper = optimizers.build(self.model, config.optimizer, config.train)
+        self.stepper = optimizers.build(self.model, config.optimizer, config.train, processes.replicas)
         self.step = 0
         self.stop = 0
         """The signal with which any process was asked to stop; 0 for none."""
