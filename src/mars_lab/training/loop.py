@@ -13,7 +13,7 @@ from torch import nn
 
 from mars_lab.errors import InputError, TrainingError
 from mars_lab.report import loss_curve
-from mars_lab.tasks.task import Task
+from mars_lab.tasks.task import Task, changed_lines
 from mars_lab.training import checkpoint, optimizers
 from mars_lab.training.config import RunConfig
 from mars_lab.training.interruption import Interrupted, Interruption
@@ -160,7 +160,8 @@ class Run:
     def _load(self, state: dict[str, Any]) -> None:
         if state["data"] != self.task.fingerprint:
             raise InputError(
-                f"the data of {self.folder.path} changed since the run began; restore it, or start a new run"
+                f"the data of {self.folder.path} changed since the run began; restore it, or start a new run "
+                f"({changed_lines(state['data'], self.task.fingerprint)})"
             )
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(state["stepper"])
