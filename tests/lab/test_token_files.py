@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def test_more_files_than_may_be_open_at_once(tmp_path: Path) -> None:
     assert np.array_equal(stream[0:200], TEXT[:200])
     assert len(list(Path("/proc/self/fd").iterdir())) - open_before <= 64
     assert np.array_equal(stream[0:200], TEXT[:200])
+
+
+def test_threads_read_side_by_side(tmp_path: Path) -> None:
+    files = [TokenFile.inspect(write(tmp_path / f"{n:03}.bin", TEXT[n : n + 1])) for n in range(100)]
+    for _ in range(5):
+        stream = TokenFiles(files, 300)
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda n, stream=stream: int(stream[n % 100 : n % 100 + 1][0]), range(1000)))
+        assert read == [int(TEXT[n % 100]) for n in range(1000)]
 
 
 def test_training_on_token_files_is_training_on_the_text_they_came_from(tmp_path: Path, tiny: RunConfig) -> None:

@@ -122,7 +122,8 @@ class TokenFiles:
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
     def _read(self, file: TokenFile, position: int, count: int) -> np.ndarray:
-        data = os.pread(self._open(file).number, 2 * count, file.begin + 2 * position)
+        descriptor = self._open(file)  # held: another thread may have it evicted while this one reads
+        data = os.pread(descriptor.number, 2 * count, file.begin + 2 * position)
         if len(data) < 2 * count:
             raise InputError(
                 f"{file.path} ends before token {position + count} of {file.num_tokens}: it was cut short while in "

@@ -18,6 +18,7 @@ from mars_lab.training import checkpoint, optimizers
 from mars_lab.training.config import RunConfig
 from mars_lab.training.interruption import Interrupted, Interruption
 from mars_lab.training.metrics import Metrics
+from mars_lab.training.prefetch import Prefetch
 from mars_lab.training.progress import RunProgress
 from mars_lab.training.run_folder import RunFolder
 
@@ -69,6 +70,7 @@ class Run:
         torch.manual_seed(config.train.seed)
         dtype = torch.bfloat16 if config.train.precision == "bf16-params" else None
         self.model: nn.Module = task.build_model().to(config.train.device, dtype)
+        self.batches = Prefetch(task.batch, config.train.device)
         self.stepper = optimizers.build(self.model, config.optimizer, config.train)
         self.step = 0
         self.seconds = 0.0
@@ -101,7 +103,8 @@ class Run:
         count, size = self.config.num_accumulation_steps, self.config.batch_size
         total = 0.0
         for index in range(count):
-            batch = self.task.batch((self.step * count + index) * size, size).to(self.config.device)
+            first = (self.step * count + index) * size
+            batch = self.batches.take(first, size, following=first + size)
             with self._autocast():
                 loss = self.task.loss(self.model, batch) / count
             loss.backward()
