@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mars_lab.data import tokens
 from mars_lab.data.batches import ORDER, Windows, evaluation_sequences
@@ -73,7 +72,7 @@ class LanguageTask:
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         """Mean cross-entropy per token, in nats."""
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+        return model(batch[:, :-1], batch[:, 1:])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, device: str) -> dict[str, float]:
