@@ -16,14 +16,15 @@ from mars_lab.report import loss_curve
 from mars_lab.tasks.task import Task, changed_lines
 from mars_lab.training import checkpoint, optimizers
 from mars_lab.training.config import RunConfig
+from mars_lab.training.diagnostics import Diagnostics
 from mars_lab.training.interruption import Interrupted, Interruption
 from mars_lab.training.metrics import Metrics
 from mars_lab.training.prefetch import Prefetch
 from mars_lab.training.progress import RunProgress
 from mars_lab.training.run_folder import RunFolder
 
-_NORM_EVERY = 10
-"""Steps between measurements of the gradient norm; each is one more pass over the gradients."""
+_DIAGNOSTICS_EVERY = 10
+"""Steps between rows with diagnostics; each costs about as much as an optimizer step of AdamW."""
 
 
 def train(task: Task, config: RunConfig, folder: RunFolder, *, quiet: bool = False) -> dict[str, Any]:
@@ -72,6 +73,8 @@ class Run:
         self.model: nn.Module = task.build_model().to(config.train.device, dtype)
         self.batches = Prefetch(task.batch, config.train.device)
         self.stepper = optimizers.build(self.model, config.optimizer, config.train)
+        sequences = config.train.batch_size * config.train.num_accumulation_steps
+        self.diagnostics = Diagnostics(self.stepper.parts, self.model.named_parameters(), sequences)
         self.step = 0
         self.seconds = 0.0
         """Time spent in steps, evaluations and checkpoints not counted."""
@@ -90,12 +93,16 @@ class Run:
 
     def take_step(self, metrics: Metrics, progress: RunProgress) -> None:
         begin, lr, tokens_before = time.perf_counter(), self.stepper.lr, self.tokens
-        loss, norm = self.stepper.step(self._backward, measure_norm=(self.step + 1) % _NORM_EVERY == 0)
+        if is_measured := (self.step + 1) % _DIAGNOSTICS_EVERY == 0:
+            self.diagnostics.arm()
+        loss, norm = self.stepper.step(self._backward, measure_norm=is_measured)
         seconds = time.perf_counter() - begin
         self.step += 1
         self.seconds += seconds
         row = {"tokens": self.tokens, "seconds": self.seconds, "loss": loss, "lr": lr}
-        metrics.log(self.step, row if norm is None else {**row, "grad_norm": norm})
+        if norm is not None:
+            row |= {"grad_norm": norm, **self.diagnostics.collect(tokens=self.tokens, seconds=self.seconds)}
+        metrics.log(self.step, row)
         progress.step(self.step, loss, self.tokens - tokens_before)
 
     def _backward(self) -> float:
