@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mars_lab.errors import InputError, TrainingError
+from mars_lab.prepare import command as prepare
 from mars_lab.recipes.registry import DEFAULT, RECIPES, recipe
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
@@ -30,6 +31,7 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   train --resume [RUN]                 continue a run, by default the one started last
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
+  prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
   recipes                              list the recipes
 """
 
@@ -138,6 +140,15 @@ def _compare(args: list[str]) -> None:
     print(f"{table}\nIn {command.runs / command.name}: compare.md, compare.json, compare.png, and every run.")
 
 
+def _prepare(args: list[str]) -> None:
+    folder, manifest = prepare.run(tyro.cli(prepare.PrepareCommand, args=args, prog="mars prepare"))
+    parts = {part: sum(n for name, n in manifest["tokens"].items() if f"_{part}_" in name) for part in ("train", "val")}
+    print(
+        f"{folder} has {parts['train']:,} tokens of training and {parts['val']:,} of validation in "
+        f"{len(manifest['tokens'])} files. Next: mars train --data.tokens {folder} --model.vocab-size 50304"
+    )
+
+
 def _recipes(args: list[str]) -> None:
     tyro.cli(_nothing, args=args, prog="mars recipes")
     table = Table("recipe", "learning rate", "what it is", box=None, padding=(0, 2, 0, 0))
@@ -155,6 +166,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "sample": _sample,
     "compare": _compare,
+    "prepare": _prepare,
     "recipes": _recipes,
 }
 
