@@ -68,7 +68,7 @@ class Diagnostics:
         self._sums, self._clips, self._samples = {}, [], {}
 
     def collect(self, *, tokens: int, seconds: float) -> dict[str, float]:
-        """What the step since `arm` has shown. All ranks call it.
+        """What the step since `arm` has shown, without what is not finite. All ranks call it.
 
         Args:
             tokens: seen so far.
@@ -80,7 +80,8 @@ class Diagnostics:
         (tokens_before, seconds_before), self._speed = self._speed, (tokens, seconds)
         if 0 < tokens_before < tokens and seconds > seconds_before:
             measures["tokens_per_second"] = (tokens - tokens_before) / (seconds - seconds_before)
-        return {**measures, "memory_mib": _memory_mib()}
+        measures["memory_mib"] = _memory_mib()
+        return {name: value for name, value in measures.items() if math.isfinite(value)}
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -109,9 +110,10 @@ class Diagnostics:
         """The scalar products that everything is made of."""
         grad = _flat(parameter.grad)
         name = self._names[parameter]
-        self._add(f"{name} gg", parameter, grad.dot(grad))
+        square = grad.dot(grad)
+        self._add(f"{name} gg", parameter, square)
         if (momentum := next((_stored(state, entry) for entry in _MOMENTA if entry in state), None)) is not None:
-            self._add("gg", parameter, grad.dot(grad))
+            self._add("gg", parameter, square)
             self._add("gm", parameter, grad.dot(momentum))
             self._add("mm", parameter, momentum.dot(momentum))
         if "prev_grad" in state and state["has_prev"]:
@@ -123,7 +125,7 @@ class Diagnostics:
                 kappa = group["gamma"] * beta / (1 - beta)
                 self._clips.append((name, kappa, float(state.get("prev_coefficient", 1.0)), group["clip_norm"]))
         if (limit := group.get("max_grad_norm")) is not None:
-            self._add("clipped gg", parameter, grad.dot(grad))
+            self._add("clipped gg", parameter, square)
             self._max_grad_norm = float(limit)
 
     def _add(self, name: str, parameter: Tensor, value: Tensor) -> None:
