@@ -16,6 +16,7 @@ from mars_lab import train
 from mars_lab.drill.faults import FAULTS
 from mars_lab.drill.table import Drill, Row, table
 from mars_lab.errors import InputError, TrainingError, reported
+from mars_lab.prepare import command as prepare
 from mars_lab.recipes.registry import DEFAULT, RECIPES
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
@@ -32,6 +33,7 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   train ... --nproc N                  the same with N processes on this machine
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
+  prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
   recipes                              list the recipes
   drill                                break a training in every known way, and see it recover
   export FILE [RUN]                    write a run's newest checkpoint as a file of torch.save
@@ -138,6 +140,15 @@ def _drill(args: list[str]) -> None:
         raise TrainingError("a fault was not recovered from; what was printed is above")
 
 
+def _prepare(args: list[str]) -> None:
+    folder, manifest = prepare.run(tyro.cli(prepare.PrepareCommand, args=args, prog="mars prepare"))
+    parts = {part: sum(n for name, n in manifest["tokens"].items() if f"_{part}_" in name) for part in ("train", "val")}
+    print(
+        f"{folder} has {parts['train']:,} tokens of training and {parts['val']:,} of validation in "
+        f"{len(manifest['tokens'])} files. Next: mars train --data.tokens {folder} --model.vocab-size 50304"
+    )
+
+
 def _recipes(args: list[str]) -> None:
     tyro.cli(_nothing, args=args, prog="mars recipes")
     table = Table("recipe", "learning rate", "what it is", box=None, padding=(0, 2, 0, 0))
@@ -157,6 +168,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "import": _import,
     "compare": _compare,
+    "prepare": _prepare,
     "recipes": _recipes,
     "drill": _drill,
 }

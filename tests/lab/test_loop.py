@@ -79,7 +79,7 @@ def test_the_validation_loss_is_the_mean_over_all_tokens(tiny: RunConfig) -> Non
     model = task.build_model()
     measured = task.evaluate(model, Ranks())["val_loss"]
     assert model.training
-    tokens = torch.from_numpy(task.data.val.astype("int64"))
+    tokens = torch.from_numpy(task.data.val[:].astype("int64"))
     count = (len(tokens) - 1) // 16
     assert count % 4, "the last batch should be smaller than the others"
     inputs, targets = tokens[: count * 16].view(count, 16), tokens[1 : count * 16 + 1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mars_lab.errors import InputError
 from mars_lab.report.rows import read_rows
@@ -29,18 +29,18 @@ class PowerCutError(Exception):
 
 
 class FragileTask(LanguageTask):
-    """Ends the process, or sends a signal to it, when the batch of a certain step is asked for."""
+    """Ends the process, or sends a signal to it, when the batch of a certain step is at hand."""
 
     def __init__(self, config: RunConfig, first_sequence: int, signal_number: int | None = None) -> None:
         super().__init__(config.task, config.train.seed)
         self.first_sequence, self.signal_number = first_sequence, signal_number
 
-    def batch(self, first: int, count: int) -> Tensor:
-        if first == self.first_sequence:
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        if model.training and torch.equal(batch, self.batch(self.first_sequence, len(batch))):
             if self.signal_number is None:
                 raise PowerCutError
             os.kill(os.getpid(), self.signal_number)
-        return super().batch(first, count)
+        return super().loss(model, batch)
 
 
 def with_optimizer(config: RunConfig, name: Any, mode: Any = "approx") -> RunConfig:

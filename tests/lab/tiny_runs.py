@@ -16,6 +16,9 @@ from mars_lab.training.run_folder import RunFolder
 
 VOCABULARY = "the union of states shall have power to lay and collect taxes in all cases of commerce and peace"
 
+MEASURED = ("seconds", "tokens_per_second", "memory_mib")
+"""Metrics that no two runs share."""
+
 
 def prose(num_words: int, seed: int = 0) -> str:
     """Text from a linear congruential generator: the same for the same seed, everywhere."""
@@ -63,7 +66,8 @@ def outcome(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     state = plain.read_newest(RunFolder(path).checkpoints)
     assert state is not None
     del state["seconds"]
-    return state, [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(path / "metrics.jsonl")]
+    rows = read_rows(path / "metrics.jsonl")
+    return state, [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def assert_identical(actual: Any, expected: Any, where: str = "state") -> None:

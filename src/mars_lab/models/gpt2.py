@@ -9,17 +9,20 @@ A suffix on a name gives its shape:
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mars_lab.errors import InputError
+from mars_lab.models.chunked_cross_entropy import chunked_cross_entropy
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of the model. The defaults are the small model of the default recipe, not GPT-2 small."""
+    """The shape of the model, and what it holds in memory. The defaults are the default recipe's, not GPT-2 small's."""
 
     num_layers: int = 4
     num_heads: int = 3
@@ -33,6 +36,10 @@ class GPT2Config:
     dropout: float = 0.0
     scale_attn_by_inverse_layer_idx: bool = True
     """Divide the attention logits of layer i (from 0) by i + 1."""
+    loss_chunk_size: int = 1024
+    """Tokens whose logits exist at once while the loss is computed; 0 means all of a batch."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest of it again in the backward pass."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "width", "context_length", "vocab_size"):
@@ -43,6 +50,8 @@ class GPT2Config:
                 f"model.width ({self.width}) must be a multiple of model.num_heads ({self.num_heads}); "
                 f"the nearest that fits is {max(1, round(self.width / self.num_heads)) * self.num_heads}"
             )
+        if self.loss_chunk_size < 0:
+            raise InputError(f"model.loss_chunk_size must be at least 0, got {self.loss_chunk_size}")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"model.dropout must be in [0, 1), got {self.dropout}")
 
@@ -111,12 +120,16 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.width, bias=config.bias)
+        self.activation_checkpointing = config.activation_checkpointing
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.drop(self.wte(tokens_BT) + self.wpe(positions_T))
         for block in self.h:
-            x_BTD = block(x_BTD)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = cast(Tensor, checkpoint(block, x_BTD, use_reentrant=False))
+            else:
+                x_BTD = block(x_BTD)
         return self.ln_f(x_BTD)
 
 
@@ -140,14 +153,24 @@ class GPT2(nn.Module):
                 nn.init.zeros_(parameter)
         self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits (B, T, V) of the token that follows each position; T is at most `context_length`."""
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the token that follows each position; T is at most `context_length`.
+
+        With `targets_BT`, the tokens that do follow, the mean cross-entropy in nats instead.
+        """
         if tokens_BT.shape[1] > self.config.context_length:
             raise ValueError(
                 f"a sequence of {tokens_BT.shape[1]} tokens exceeds context_length "
                 f"({self.config.context_length}); pass its last {self.config.context_length} tokens"
             )
-        return self.lm_head(self.transformer(tokens_BT))
+        x_BTD = self.transformer(tokens_BT)
+        return self.lm_head(x_BTD) if targets_BT is None else self._loss(x_BTD.flatten(0, 1), targets_BT.flatten())
+
+    def _loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        if not self.config.loss_chunk_size:
+            logits_NV = self.lm_head(x_ND)
+            return F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), targets_N)
+        return chunked_cross_entropy(x_ND, self.lm_head.weight, targets_N, self.config.loss_chunk_size)
 
 
 @torch.no_grad()

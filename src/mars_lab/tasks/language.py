@@ -8,11 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional as F
 
 from mars_lab.data import tokens
-from mars_lab.data.batches import Windows, evaluation_sequences
-from mars_lab.data.tokens import END_OF_TEXT, DataConfig
+from mars_lab.data.batches import ORDER, Windows, evaluation_sequences
+from mars_lab.data.tokens import DataConfig
 from mars_lab.errors import InputError
 from mars_lab.models import tensor_parallel
 from mars_lab.models.gpt2 import GPT2, GPT2Config, generate
@@ -41,18 +40,26 @@ class LanguageTask:
         self.config = config
         self.data = tokens.load(config.data)
         length = config.model.context_length
-        if self.data.tokenizer.get_vocab_size() > config.model.vocab_size:
+        if self.data.vocab_size > config.model.vocab_size:
             raise InputError(
                 f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer "
-                f"({self.data.tokenizer.get_vocab_size()} entries); raise it, or lower data.tokenizer_size"
+                f"({self.data.vocab_size} entries); raise it, or lower data.tokenizer_size (text only)"
             )
+        if config.sample_tokens:
+            self._require_tokenizer()
         self._windows = Windows(self.data.train, length, seed)
         self._eval_sequences = evaluation_sequences(self.data.val, length, config.eval_sequences)
 
+    def _require_tokenizer(self) -> None:
+        try:
+            _ = self.data.tokenizer
+        except InputError as error:
+            raise InputError(f"{error}; or write no sample at the end: --sample-tokens 0") from None
+
     @property
     def fingerprint(self) -> str:
-        """Digest of the token files."""
-        return self.data.fingerprint
+        """A line a token file."""
+        return f"order {ORDER}\n{self.data.fingerprint}"
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -77,7 +84,7 @@ class LanguageTask:
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         """Mean cross-entropy per token, in nats."""
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+        return model(batch[:, :-1], batch[:, 1:])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, ranks: Ranks) -> dict[str, float]:
@@ -93,7 +100,9 @@ class LanguageTask:
         return {"val_loss": ranks.sums([total])[0] / count}
 
     def sample(self, model: nn.Module, device: str) -> str:
-        """Text that continues `sample_prompt`."""
+        """Text that continues `sample_prompt`; empty, and without need of a tokenizer, if no tokens are wanted."""
+        if not self.config.sample_tokens:
+            return ""
         prompt, num_tokens = self.config.sample_prompt, self.config.sample_tokens
         return continue_text(self, cast(GPT2, model), prompt, num_tokens, device=device)
 
@@ -120,7 +129,7 @@ def continue_text(
             f"got {num_tokens}, {temperature} and {top_k}"
         )
     tokenizer = task.data.tokenizer
-    ids = tokenizer.encode(prompt).ids or [tokenizer.token_to_id(END_OF_TEXT)]
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     prompt_T = torch.tensor(ids, device=device)
     out = generate(model, prompt_T, num_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    return tokenizer.decode(out.tolist(), skip_special_tokens=False)
+    return tokenizer.decode(out.tolist())

@@ -14,7 +14,7 @@ class Task(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the data does; a run is only resumed on the data it began with."""
+        """Changes whenever the data does; a run is only resumed on the data it began with. It may have lines."""
         ...
 
     @property
@@ -52,3 +52,10 @@ class Task(Protocol):
     def sample(self, model: nn.Module, device: str) -> str:
         """Something a person can look at to judge the model; leaves every random generator as it was."""
         ...
+
+
+def changed_lines(before: str, now: str) -> str:
+    """What differs between two fingerprints, the first few lines of it."""
+    old, new = set(before.splitlines()), set(now.splitlines())
+    lines = [f"was: {line}" for line in sorted(old - new)] + [f"is: {line}" for line in sorted(new - old)]
+    return "; ".join(lines[:4]) + ("; ..." if len(lines) > 4 else "")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mars_lab.errors import InputError, TrainingError
-from mars_lab.tasks.task import Task
+from mars_lab.tasks.task import Task, changed_lines
 from mars_lab.training import optimizers
 from mars_lab.training.checkpoint import contents, dcp, loader
 from mars_lab.training.checkpoint import folder as folders
@@ -21,16 +21,18 @@ from mars_lab.training.checkpoint.contents import RANDOM, Contents
 from mars_lab.training.checkpoint.random_state import packed, random_state, restore_random_state, unpacked
 from mars_lab.training.checkpoint.saver import Saver
 from mars_lab.training.config import RunConfig
+from mars_lab.training.diagnostics import Diagnostics
 from mars_lab.training.interruption import Interruption
 from mars_lab.training.metrics import Metrics
 from mars_lab.training.parallel import Forward, spread
+from mars_lab.training.prefetch import Prefetch
 from mars_lab.training.processes import Processes
 from mars_lab.training.progress import RunProgress
 from mars_lab.training.run_folder import RunFolder
 from mars_lab.training.watchdog import Watchdog
 
-_NORM_EVERY = 10
-"""Steps between measurements of the gradient norm; each is one more pass over the gradients."""
+_DIAGNOSTICS_EVERY = 10
+"""Steps between rows with diagnostics; each costs about as much as an optimizer step of AdamW."""
 
 
 class Run:
@@ -54,6 +56,9 @@ class Run:
         self.model: nn.Module = task.build_model().to(self.ranks.device, dtype)
         spread(self.model, task, config.train, processes)
         self.stepper = optimizers.build(self.model, config.optimizer, config.train, processes.replicas)
+        sequences = config.train.batch_size * config.train.num_accumulation_steps
+        self._diagnostics = Diagnostics(self.stepper.parts, self.model.named_parameters(), sequences)
+        self._batches = Prefetch(task.batch, self.ranks.device)
         self.step = 0
         self.stop = 0
         """The signal with which any process was asked to stop; 0 for none."""
@@ -82,12 +87,16 @@ class Run:
 
     def take_step(self, metrics: Metrics, progress: RunProgress) -> None:
         begin, lr, tokens_before = time.perf_counter(), self.stepper.lr, self.tokens
-        loss, norm = self.stepper.step(self._backward, measure_norm=(self.step + 1) % _NORM_EVERY == 0)
+        if is_measured := (self.step + 1) % _DIAGNOSTICS_EVERY == 0:
+            self._diagnostics.arm()
+        loss, norm = self.stepper.step(self._backward, measure_norm=is_measured)
         seconds = time.perf_counter() - begin
         self.step += 1
         self.seconds += seconds
         row = {"tokens": self.tokens, "seconds": self.seconds, "loss": loss, "lr": lr}
-        metrics.log(self.step, row if norm is None else {**row, "grad_norm": norm})
+        if norm is not None:
+            row |= {"grad_norm": norm, **self._diagnostics.collect(tokens=self.tokens, seconds=self.seconds)}
+        metrics.log(self.step, row)
         progress.step(self.step, loss, self.tokens - tokens_before)
 
     def _backward(self) -> float:
@@ -97,8 +106,8 @@ class Run:
         losses: list[Tensor] = []
         for index in range(count):
             self.watchdog.enter(f"reading the batch of step {self.step + 1}")
-            first = (self.step * count + index) * size
-            batch = self.task.batch(first + rows.start, rows.stop - rows.start).to(self.ranks.device)
+            first = (self.step * count + index) * size + rows.start
+            batch = self._batches.take(first, rows.stop - rows.start, following=first + size)
             self.watchdog.enter(f"forward and backward of step {self.step + 1}, which exchange weights or gradients")
             with self._forward.accumulating(is_last=index == count - 1):
                 with self.autocast():
@@ -161,7 +170,8 @@ class Run:
         values = loader.read_values(path)
         if values["data"] != self.task.fingerprint:
             raise InputError(
-                f"the data of {self.folder.path} changed since the run began; restore it, or start a new run"
+                f"the data of {self.folder.path} changed since the run began; restore it, or start a new run "
+                f"({changed_lines(values['data'], self.task.fingerprint)})"
             )
         stored = dcp.stored_tensors(path)
         tensors = contents.model_tensors(self.model)

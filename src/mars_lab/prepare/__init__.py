@@ -1,0 +1,1 @@
+"""From corpora of any size to token files."""
