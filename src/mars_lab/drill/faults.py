@@ -112,19 +112,22 @@ class FaultyTask(LanguageTask):
         super().__init__(config.task, config.train.seed)
         self._run_config, self._fault, self._folder = config, fault, folder
         self._mark = folder / ".fault"
-        self._spoils = False
+        self._spoilt: Tensor | None = None
 
     def batch(self, first: int, count: int) -> Tensor:
-        """The same sequences, and the fault."""
+        """The same sequences, and the fault: in the thread that reads ahead."""
         sequences = self._run_config.train.batch_size
         is_due = first // sequences == STEP - 1 and first % sequences > 0 and not self._mark.exists()
         if is_due:
             self._mark.touch()
             FAULTS[self._fault].strike(self._folder, self._run_config)
-        self._spoils = is_due and self._fault == "nan"
-        return super().batch(first, count)
+        batch = super().batch(first, count)
+        if is_due and self._fault == "nan":
+            self._spoilt = batch
+        return batch
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         """The loss, or NaN."""
         loss = super().loss(model, batch)
-        return loss * torch.nan if self._spoils else loss
+        is_spoilt = self._spoilt is not None and torch.equal(batch, self._spoilt)
+        return loss * torch.nan if is_spoilt else loss

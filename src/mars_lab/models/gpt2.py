@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -170,7 +171,10 @@ class GPT2(nn.Module):
         if not self.config.loss_chunk_size:
             logits_NV = self.lm_head(x_ND)
             return F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), targets_N)
-        return chunked_cross_entropy(x_ND, self.lm_head.weight, targets_N, self.config.loss_chunk_size)
+        weight_VD = self.lm_head.weight
+        if isinstance(weight_VD, DTensor):  # tensor parallelism, under which every process has all of it
+            weight_VD = weight_VD.to_local()
+        return chunked_cross_entropy(x_ND, weight_VD, targets_N, self.config.loss_chunk_size)
 
 
 @torch.no_grad()
