@@ -85,8 +85,11 @@ def test_every_change_of_processes_continues_the_trajectory(tmp_path: Path, tiny
         assert answers == [expected] * size, "one process is asked to stop, and all do, after the same step"
     (state, rows), (wanted, wanted_rows) = outcome(folder.path), outcome(straight.path)
     for row, expected_row in zip(rows, wanted_rows, strict=True):
-        # float32, summed in another order by each number of processes, and grown over ten steps
-        assert row == pytest.approx(expected_row, rel=1e-4)
+        # float32, summed in another order by each number of processes, and grown over ten steps; diagnostics are
+        # differences, and torch's Muon rounds to bf16
+        assert row.keys() == expected_row.keys()
+        for key, value in expected_row.items():
+            assert row[key] == pytest.approx(value, rel=1e-4 if key in ("loss", "val_loss") else 1e-2), key
     for key in ("step", "schedulers", "next_sequence", "data", "tied"):
         assert state[key] == wanted[key]
     for key, value in wanted["model"].items():

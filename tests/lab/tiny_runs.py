@@ -12,12 +12,10 @@ import torch
 from mars_lab.report.rows import read_rows
 from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import RunConfig
+from mars_lab.training.metrics import MEASURED
 from mars_lab.training.run_folder import RunFolder
 
 VOCABULARY = "the union of states shall have power to lay and collect taxes in all cases of commerce and peace"
-
-MEASURED = ("seconds", "tokens_per_second", "memory_mib")
-"""Metrics that no two runs share."""
 
 
 def prose(num_words: int, seed: int = 0) -> str:

@@ -19,6 +19,7 @@ from mars_lab.tasks.language import LanguageConfig
 from mars_lab.training import run_folder
 from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import OptimizerConfig, RunConfig, TrainConfig
+from mars_lab.training.metrics import MEASURED
 from mars_lab.training.run_folder import RunFolder
 
 _PATIENCE = 180
@@ -130,10 +131,10 @@ def _bytes_lost(state: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> int:
 
 
 def _rows_lost(folder: RunFolder, undisturbed: RunFolder) -> int:
-    """Bytes of metrics, times not counted, that are missing or differ."""
+    """Bytes of metrics, what the machine decides not counted, that are missing or differ."""
     rows, wanted = (
         [
-            json.dumps({name: value for name, value in row.items() if name != "seconds"})
+            json.dumps({name: value for name, value in row.items() if name not in MEASURED})
             for row in read_rows(run.metrics)
         ]
         for run in (folder, undisturbed)

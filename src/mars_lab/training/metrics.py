@@ -10,6 +10,9 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from mars_lab.report.rows import read_rows
 from mars_lab.training.run_folder import RunFolder
 
+MEASURED = ("seconds", "tokens_per_second", "memory_mib")
+"""Metrics that the machine decides: no two runs share them."""
+
 
 class Metrics:
     """Appends one row a line. On opening, rows after `step` are removed: the resumed run writes them again.
