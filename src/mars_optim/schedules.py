@@ -87,6 +87,18 @@ class WarmupStableDecay:
         return min(_warmup(step, self.num_warmup_steps), decay(max(0, step - (self.num_steps - num_decay_steps))))
 
 
+@dataclass(frozen=True)
+class WarmupMultiStep:
+    """Learning-rate multiplier: linear warm-up to 1, then times `factor` at each of `milestones` (steps)."""
+
+    num_warmup_steps: int
+    milestones: tuple[int, ...]
+    factor: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        return _warmup(step, self.num_warmup_steps) * self.factor ** sum(step >= m for m in self.milestones)
+
+
 def _progress(step: int, num_steps: int) -> float:
     return min(1.0, step / num_steps) if num_steps > 0 else 1.0
 

@@ -60,7 +60,7 @@ def plain_config(tiny: RunConfig, name: Any, num_steps: int = 10) -> RunConfig:
     task = dataclasses.replace(tiny.task, model=dataclasses.replace(tiny.task.model, dropout=0.0))
     settings: dict[str, Any] = {"batch_size": 12, "num_accumulation_steps": 1, "num_steps": num_steps}
     train_config = dataclasses.replace(tiny.train, **settings, checkpoint_every=100)
-    optimizer = dataclasses.replace(tiny.optimizer, name=name, lr=0.01, max_grad_norm=None)
+    optimizer = dataclasses.replace(tiny.optimizer, name=name, lr=0.01)
     return dataclasses.replace(tiny, task=task, optimizer=optimizer, train=train_config)
 
 
@@ -93,7 +93,8 @@ def test_every_change_of_processes_continues_the_trajectory(tmp_path: Path, tiny
     for key in ("step", "schedulers", "next_sequence", "data", "tied"):
         assert state[key] == wanted[key]
     for key, value in wanted["model"].items():
-        torch.testing.assert_close(state["model"][key], value, rtol=0, atol=2e-3)
+        # Ten steps of about 2e-3 an element; torch's Muon rounds each to bf16, in another place for each layout.
+        torch.testing.assert_close(state["model"][key], value, rtol=0, atol=5e-3 if name == "muon" else 2e-3)
     for part, wanted_part in zip(state["optimizer"], wanted["optimizer"], strict=True):
         assert part["state"].keys() == wanted_part["state"].keys()
         for index, entries in wanted_part["state"].items():
@@ -103,7 +104,7 @@ def test_every_change_of_processes_continues_the_trajectory(tmp_path: Path, tiny
 
 def test_the_same_processes_continue_bit_for_bit(tmp_path: Path, tiny: RunConfig) -> None:
     """With dropout: the random generators of each process continue, too."""
-    optimizer = dataclasses.replace(tiny.optimizer, name="mars-adamw", max_grad_norm=None)
+    optimizer = dataclasses.replace(tiny.optimizer, name="mars-adamw")
     sharded = dataclasses.replace(tiny.train, num_steps=6, parallel="fsdp")
     config = dataclasses.replace(tiny, train=sharded, optimizer=optimizer)
     straight, stopped = (run_folder.create(tmp_path, name, config, numbered=False) for name in ("straight", "stopped"))

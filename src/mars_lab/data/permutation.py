@@ -44,13 +44,13 @@ class Permutation:
         low, high = values & low_mask, values >> num_low
         for i, key in enumerate(self.keys):
             if i % 2:
-                low = low ^ (_hash(high, key) & low_mask)
+                low = low ^ (keyed_hash(high, key) & low_mask)
             else:
-                high = high ^ (_hash(low, key) & high_mask)
+                high = high ^ (keyed_hash(low, key) & high_mask)
         return (high << num_low) | low
 
 
-def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
+def keyed_hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
     """SplitMix64's finaliser of value + key (Steele, Lea and Flood, 2014)."""
     x = values + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

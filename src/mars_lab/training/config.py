@@ -30,6 +30,9 @@ class OptimizerConfig:
     """MARS and Muon: peak rate of norms, biases and (muon, mars-m, mars-shampoo) embeddings; None means `lr`."""
     betas: tuple[float, float] = (0.95, 0.99)
     """Decay of the momentum and of the second moment. Muon uses the first."""
+    muon_scale: Literal["rms", "spectral"] = "rms"
+    """Muon: the scale of its updates, 0.2 sqrt(max(rows, cols)) as in Moonlight and MARS-M, or
+    sqrt(max(1, rows / cols)) as in Muon's first version and MARS-Shampoo."""
     betas_1d: tuple[float, float] = (0.9, 0.95)
     """The same for what `lr_1d` is for."""
     weight_decay: float = 0.1
@@ -38,6 +41,10 @@ class OptimizerConfig:
     """The same of norms and biases."""
     gamma: float = 0.025
     """MARS: strength of the gradient correction."""
+    final_gamma: float | None = None
+    """MARS: gamma at the end, reached in equal steps; None keeps it constant."""
+    first_step: Literal["paper", "zero"] = "paper"
+    """MARS: what the first gradient is corrected by: nothing, or as if the gradient before it had been 0."""
     clip_norm: float | None = 1.0
     """MARS: limit on the norm of each corrected gradient; None switches it off."""
     max_grad_norm: float | None = 1.0
@@ -64,7 +71,8 @@ class OptimizerConfig:
             )
         shared = ("lr", "lr_1d", "betas", "betas_1d", "weight_decay", "weight_decay_1d", "gamma", "clip_norm")
         try:  # MARS knows the ranges, and the other optimizers' are the same
-            MARS([torch.zeros(1)], **{name: getattr(self, name) for name in (*shared, "max_grad_norm")})
+            MARS([torch.zeros(1)], **{name: getattr(self, name) for name in (*shared, "first_step", "max_grad_norm")})
+            MARS([torch.zeros(1)], gamma=self.gamma if self.final_gamma is None else self.final_gamma)
         except ValueError as error:
             raise InputError(f"optimizer.{error}") from None
 
@@ -78,8 +86,9 @@ class TrainConfig:
     """Sequences in one forward and backward pass, of all processes together."""
     num_accumulation_steps: int = 1
     """Passes whose gradients are averaged into one step."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Learning rate after the warm-up; wsd is constant, then linear over the last fifth."""
+    schedule: Literal["cosine", "wsd", "constant", "multistep"] = "cosine"
+    """Learning rate after the warm-up; wsd is constant, then linear over the last fifth; multistep falls to a tenth
+    at half and again at three quarters of the steps."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the learning rate rises to its peak."""
     final_lr_ratio: float = 0.1

@@ -12,9 +12,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mars_lab.training.config import OptimizerConfig, TrainConfig
 from mars_optim import MARS, param_groups
-from mars_optim.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay
+from mars_optim.schedules import Linear, WarmupConstant, WarmupCosine, WarmupMultiStep, WarmupStableDecay
 
 _DECAYING = {"cosine": WarmupCosine, "wsd": WarmupStableDecay}
+_MUON_SCALES = {"rms": "match_rms_adamw", "spectral": "original"}  # torch's names for them
 
 
 class Stepper:
@@ -106,7 +107,7 @@ def build(
         betas_1d=config.betas_1d,
         weight_decay=config.weight_decay,
         weight_decay_1d=config.weight_decay_1d,
-        gamma=config.gamma,
+        gamma=_gamma(config, train),
         clip_norm=config.clip_norm,
         polar_dtype=torch.bfloat16 if train.precision.startswith("bf16") else None,
     )
@@ -115,6 +116,7 @@ def build(
         lr=config.lr,
         mars_type=mars_type,
         is_approx=config.mode == "approx",
+        first_step=config.first_step,
         max_grad_norm=config.max_grad_norm,
         state_precision=config.state_precision,
         param_rounding=config.param_rounding,
@@ -138,7 +140,7 @@ def _adamw(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Ste
 def _muon(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Stepper:
     """torch.optim.Muon on the hidden matrices, torch.optim.AdamW on embeddings, head, norms and biases.
 
-    Updates are scaled by 0.2 * sqrt(max(rows, cols)) ("match_rms_adamw"), so that both can share a rate.
+    With the scale "rms" of their updates both can share a rate.
     """
     named = _trainable(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -148,7 +150,7 @@ def _muon(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Step
         lr=config.lr,
         momentum=config.betas[0],
         weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+        adjust_lr_fn=_MUON_SCALES[config.muon_scale],
     )
     lr = config.lr if config.lr_1d is None else config.lr_1d
     rest = [p for name, p in named.items() if kind[name] == "adamw"]
@@ -172,8 +174,16 @@ def _audit(kinds: dict[str, str], named: dict[str, nn.Parameter]) -> str:
     return "\n".join(f"{name:40} {tuple(named[name].shape)!s:16} {kind}" for name, kind in kinds.items())
 
 
+def _gamma(config: OptimizerConfig, train: TrainConfig) -> float | Linear:
+    if config.final_gamma is None:
+        return config.gamma
+    return Linear(config.gamma, config.final_gamma, train.num_steps)
+
+
 def _multiplier(train: TrainConfig) -> Callable[[int], float]:
     num_warmup_steps = round(train.warmup_fraction * train.num_steps)
     if train.schedule == "constant":
         return WarmupConstant(num_warmup_steps)
+    if train.schedule == "multistep":
+        return WarmupMultiStep(num_warmup_steps, (train.num_steps // 2, train.num_steps * 3 // 4))
     return _DECAYING[train.schedule](num_warmup_steps, train.num_steps, train.final_lr_ratio)
