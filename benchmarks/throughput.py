@@ -33,7 +33,8 @@ from measuring import interleaved, surroundings, timing, write
 from mars_lab.data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE
 from mars_lab.data.tokens import DataConfig
 from mars_lab.models.gpt2 import GPT2, GPT2Config
-from mars_lab.recipes.registry import RECIPES, recipe
+from mars_lab.recipes import sotu
+from mars_lab.recipes.registry import find
 from mars_lab.tasks.language import LanguageConfig, LanguageTask
 from mars_lab.training import launch
 from mars_lab.training.allocator import keep_freed_memory
@@ -67,7 +68,7 @@ def run_ours(options: argparse.Namespace, optimizer: str, folder: Path) -> list[
     data = DataConfig(tokens=str(folder / "data" / "random"))
     config = RunConfig(
         LanguageConfig(MODELS[options.model], data, eval_sequences=1, eval_batch_size=1, sample_tokens=0),
-        recipe(optimizer).optimizer,
+        find(optimizer).config.optimizer,
         TrainConfig(
             num_steps=options.steps + WARM_UP + 1,
             batch_size=options.batch_size,
@@ -143,7 +144,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--model", choices=list(MODELS), default="default")
-    parser.add_argument("--optimizers", nargs="+", choices=list(RECIPES), default=["adamw"])
+    parser.add_argument("--optimizers", nargs="+", choices=list(sotu.recipes()), default=["adamw"])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)

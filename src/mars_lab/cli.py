@@ -9,15 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from mars_lab import train
 from mars_lab.drill.faults import FAULTS
 from mars_lab.drill.table import Drill, Row, table
 from mars_lab.errors import InputError, TrainingError, reported
 from mars_lab.prepare import command as prepare
-from mars_lab.recipes.registry import DEFAULT, RECIPES
+from mars_lab.recipes import command as recipes
+from mars_lab.recipes import sotu
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
 from mars_lab.training import launch, run_folder
@@ -34,7 +33,8 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
   prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
-  recipes                              list the recipes
+  recipes [PATTERN]                    list the recipes
+  recipes show NAME                    every field of a recipe, and where it is from
   drill                                break a training in every known way, and see it recover
   export FILE [RUN]                    write a run's newest checkpoint as a file of torch.save
   import FILE [RUN]                    make such a file the newest checkpoint of a run
@@ -113,7 +113,7 @@ def _import(args: list[str]) -> None:
 
 def _compare(args: list[str]) -> None:
     command = tyro.cli(CompareCommand, args=args, prog="mars compare")
-    bases = {name: make().optimizer for name, make in RECIPES.items()}
+    bases = {name: recipe.config.optimizer for name, recipe in sotu.recipes().items()}
     try:
         table = compare(command.config, bases, command.runs / command.name)
     except Interrupted as interrupted:
@@ -149,19 +149,6 @@ def _prepare(args: list[str]) -> None:
     )
 
 
-def _recipes(args: list[str]) -> None:
-    tyro.cli(_nothing, args=args, prog="mars recipes")
-    table = Table("recipe", "learning rate", "what it is", box=None, padding=(0, 2, 0, 0))
-    for name, make in RECIPES.items():
-        mark = " (default)" if name == DEFAULT else ""
-        table.add_row(name + mark, f"{make().optimizer.lr:g}", (make.__doc__ or "").splitlines()[0])
-    Console().print(table)
-
-
-def _nothing() -> None:
-    """List the recipes that `mars train` takes."""
-
-
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train.main,
     "sample": _sample,
@@ -169,7 +156,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "import": _import,
     "compare": _compare,
     "prepare": _prepare,
-    "recipes": _recipes,
+    "recipes": recipes.main,
     "drill": _drill,
 }
 

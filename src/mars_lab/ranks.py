@@ -68,6 +68,12 @@ class Ranks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def copy_first_(self, tensors: Sequence[Tensor]) -> None:
+        """Give `tensors` the values that they have in the first process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def first_does(self, work: Callable[[], T]) -> T:
         """The result of `work`, which the first process alone does; what it raises is raised on all."""
         result, error = None, None

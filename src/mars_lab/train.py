@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mars_lab.errors import InputError, reported
-from mars_lab.recipes.registry import DEFAULT, recipe
+from mars_lab.recipes import registry
+from mars_lab.recipes.registry import DEFAULT
+from mars_lab.tasks.language import LanguageConfig
 from mars_lab.training import elastic, launch, loop, run_folder
 from mars_lab.training.allocator import keep_freed_memory
 from mars_lab.training.config import RunConfig
@@ -65,7 +67,9 @@ def main(args: list[str]) -> None:
         _resume(tyro.cli(ResumeCommand, args=args, prog="mars train --resume"))
         return
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT
-    command = tyro.cli(TrainCommand, args=args, default=TrainCommand(config=recipe(name)), prog=f"mars train {name}")
+    command = tyro.cli(
+        TrainCommand, args=args, default=TrainCommand(config=registry.find(name).config), prog=f"mars train {name}"
+    )
     config = dataclasses.replace(command.config, train=command.config.train.resolved())
     if were_launched():
         if command.name is None:
@@ -75,7 +79,9 @@ def main(args: list[str]) -> None:
         return
     if command.nproc is not None:
         mesh_shape(config.train, command.nproc, command.nproc)
-    task, folder = launch.start(config, command.runs, command.name or name, numbered=command.name is None)
+    task, folder = launch.start(
+        config, command.runs, command.name or name.replace("/", "-"), numbered=command.name is None
+    )
     print(f"Training {folder.path} with {config.optimizer.name} in {config.train.precision}", flush=True)
     if command.nproc is None:
         _guard(folder, lambda: loop.train(task, config, folder))
@@ -119,10 +125,13 @@ def _guard(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> None:
             sys.exit(interrupted.exit_code)
         _say_how_to_continue(folder, interrupted)
     if speaks():
+        writes_text = isinstance(folder.config().task, LanguageConfig)
+        accuracy = f", accuracy {summary['val_accuracy']:.2%}," if "val_accuracy" in summary else ""
         print(
-            f"Validation loss {summary['val_loss']:.4f} after {summary['steps']} steps, {summary['tokens']:,} tokens, "
-            f"{summary['seconds']:.0f} s in steps.\nIn {folder.path}: loss.png, sample.txt, metrics.jsonl, "
-            f"summary.json, checkpoints, tensorboard. Next: mars sample {folder.path} --prompt 'We the people'"
+            f"Validation loss {summary['val_loss']:.4f}{accuracy} after {summary['steps']} steps, "
+            f"{summary['tokens']:,} {'tokens' if writes_text else 'images'}, {summary['seconds']:.0f} s in steps.\n"
+            f"In {folder.path}: loss.png, sample.txt, metrics.jsonl, summary.json, checkpoints, tensorboard."
+            + (f" Next: mars sample {folder.path} --prompt 'We the people'" if writes_text else "")
         )
 
 

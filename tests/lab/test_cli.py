@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 
 from mars_lab.cli import main
-from mars_lab.recipes.registry import DEFAULT, RECIPES, recipe
 from mars_lab.training.config import RunConfig
 from mars_lab.training.run_folder import RunFolder
 
@@ -102,22 +101,6 @@ def test_a_diverging_run_ends_with_code_1(tmp_path: Path, tiny: RunConfig, capsy
     args = [*flags(tiny), "--optimizer.name", "adamw", "--optimizer.lr", "1e30", "--runs", str(tmp_path)]
     assert fails("train", *args) == 1
     assert "lower --optimizer.lr" in capsys.readouterr().err
-
-
-def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["recipes"])
-    out = capsys.readouterr().out
-    for name, make in RECIPES.items():
-        assert name in out
-        assert (make.__doc__ or "").split()[0] in out
-
-
-def test_recipes_differ_in_the_optimizer_only() -> None:
-    base = recipe(DEFAULT)
-    for name in RECIPES:
-        made = recipe(name)
-        assert made.optimizer.name == name
-        assert (made.task, made.train) == (base.task, base.train)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 
 from mars_lab.errors import InputError
-from mars_lab.recipes.registry import RECIPES
+from mars_lab.recipes import sotu
 from mars_lab.report import comparison
 from mars_lab.report.rows import read_rows
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.training.config import RunConfig
 
-BASES = {name: make().optimizer for name, make in RECIPES.items()}
+BASES = {name: recipe.config.optimizer for name, recipe in sotu.recipes().items()}
 
 
 @pytest.fixture(scope="module")
 def plan(tiny: RunConfig) -> CompareConfig:
     train = dataclasses.replace(tiny.train, num_steps=8, num_accumulation_steps=1)
-    task = dataclasses.replace(tiny.task, sample_tokens=0)
+    task = dataclasses.replace(tiny.language, sample_tokens=0)
     return CompareConfig(task, train, ("adamw", "mars-m", "mars-m-exact"), num_lrs=2, lr_factor=4.0, seeds=(0, 1))
 
 

@@ -151,7 +151,7 @@ def test_bad_text_is_refused_with_file_and_line(tmp_path: Path, name: str, conte
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no .txt, .md or .jsonl file"):
+    with pytest.raises(InputError, match=r"holds no .txt, .md, .jsonl or .jsonl.xz file"):
         open_corpus(str(tmp_path))
 
 
@@ -171,17 +171,17 @@ def test_bad_settings_are_refused(change: dict[str, float], message: str) -> Non
 def test_too_little_text_is_refused(tmp_path: Path, tiny: RunConfig) -> None:
     path = tmp_path / "short.txt"
     path.write_text("We the people of the United States")
-    task = dataclasses.replace(tiny.task, data=config_for(path))
+    task = dataclasses.replace(tiny.language, data=config_for(path))
     with pytest.raises(InputError, match=r"training part has \d+ tokens, too few for one window of 16 \+ 1"):
         LanguageTask(task, seed=0)
     path.write_text(prose(20) * 2)
-    task = dataclasses.replace(tiny.task, data=config_for(path, val_fraction=0.02))
+    task = dataclasses.replace(tiny.language, data=config_for(path, val_fraction=0.02))
     with pytest.raises(InputError, match=r"validation part has \d+ tokens, too few"):
         LanguageTask(task, seed=0)
 
 
 def test_a_model_with_too_few_embeddings_is_refused(tiny: RunConfig) -> None:
-    task = dataclasses.replace(tiny.task, model=dataclasses.replace(tiny.task.model, vocab_size=256))
+    task = dataclasses.replace(tiny.language, model=dataclasses.replace(tiny.language.model, vocab_size=256))
     with pytest.raises(InputError, match=r"model.vocab_size \(256\) is smaller than the tokenizer \(300 entries\)"):
         LanguageTask(task, seed=0)
 

@@ -47,7 +47,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, tiny: RunConfig) -> None:
     summary = folder.summary()
     assert summary is not None
     assert summary["val_loss"] == rows[-1]["val_loss"]
-    assert summary["parameters"] == sum(p.numel() for p in GPT2(tiny.task.model).parameters())
+    assert summary["parameters"] == sum(p.numel() for p in GPT2(tiny.language.model).parameters())
     assert (folder.path / "sample.txt").read_text().startswith("My fellow citizens,")
     assert (folder.path / "loss.png").read_bytes().startswith(b"\x89PNG")
     board = EventAccumulator(str(folder.tensorboard)).Reload()
@@ -63,8 +63,8 @@ def test_training_learns(tmp_path: Path, tiny: RunConfig) -> None:
 
 
 def test_accumulated_batches_are_one_large_batch(tmp_path: Path, tiny: RunConfig) -> None:
-    model = dataclasses.replace(tiny.task.model, dropout=0.0)
-    config = dataclasses.replace(tiny, task=dataclasses.replace(tiny.task, model=model))
+    model = dataclasses.replace(tiny.language.model, dropout=0.0)
+    config = dataclasses.replace(tiny, task=dataclasses.replace(tiny.language, model=model))
     losses = []
     for size, count in ((8, 1), (2, 4)):
         part = dataclasses.replace(tiny.train, batch_size=size, num_accumulation_steps=count)
@@ -75,7 +75,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path: Path, tiny: RunConfig
 
 
 def test_the_validation_loss_is_the_mean_over_all_tokens(tiny: RunConfig) -> None:
-    task = LanguageTask(dataclasses.replace(tiny.task, eval_sequences=0, eval_batch_size=4), seed=0)
+    task = LanguageTask(dataclasses.replace(tiny.language, eval_sequences=0, eval_batch_size=4), seed=0)
     model = task.build_model()
     measured = task.evaluate(model, Ranks())["val_loss"]
     assert model.training
@@ -98,7 +98,7 @@ class BrokenTask(LanguageTask):
     """Loss or gradients that stop being finite at a certain batch."""
 
     def __init__(self, config: RunConfig, at_batch: int, *, in_gradient: bool = False) -> None:
-        super().__init__(config.task, config.train.seed)
+        super().__init__(config.language, config.train.seed)
         self.left, self.in_gradient = at_batch, in_gradient
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_numbered_folders_take_the_first_free_number(tmp_path: Path, tiny: RunCo
 
 
 def test_bad_data_leaves_no_run_folder(tmp_path: Path, tiny: RunConfig) -> None:
-    task = dataclasses.replace(tiny.task, data=DataConfig(str(tmp_path / "nothing")))
+    task = dataclasses.replace(tiny.language, data=DataConfig(str(tmp_path / "nothing")))
     with pytest.raises(InputError, match="no corpus at"):
         launch.start(dataclasses.replace(tiny, task=task), tmp_path / "runs", "run", numbered=False)
     assert not (tmp_path / "runs").exists()

@@ -44,7 +44,8 @@ CASES = [
 
 def config_of(tiny: RunConfig, case: Case, group_size: int | None = None) -> RunConfig:
     changes = {"dropout": 0.0, "num_heads": 4, "num_layers": 1}
-    task = dataclasses.replace(tiny.task, model=dataclasses.replace(tiny.task.model, **changes), sample_tokens=2)
+    model = dataclasses.replace(tiny.language.model, **changes)
+    task = dataclasses.replace(tiny.language, model=model, sample_tokens=2)
     chosen: dict[str, Any] = {"name": case.optimizer, "mode": case.mode, "shard_state": case.shard_state}
     optimizer = dataclasses.replace(tiny.optimizer, lr=0.01, **chosen)
     settings: dict[str, Any] = {"parallel": case.parallel, "precision": case.precision, "compile": case.compile}
@@ -141,7 +142,7 @@ def refusal(config: RunConfig, runs: Path) -> str:
 def test_heads_stay_whole(tmp_path: Path, tiny: RunConfig) -> None:
     config = config_of(tiny, Case("tp", 2))
     for change, message in (({"num_heads": 1}, "must be a multiple of the 2"), ({"dropout": 0.1}, "must be 0 when")):
-        model = dataclasses.replace(config.task.model, **change)
-        bad = dataclasses.replace(config, task=dataclasses.replace(config.task, model=model))
+        model = dataclasses.replace(config.language.model, **change)
+        bad = dataclasses.replace(config, task=dataclasses.replace(config.language, model=model))
         answers = run_ranks(refusal, 2, bad, tmp_path / str(len(message)))
         assert all(message in answer for answer in answers), answers

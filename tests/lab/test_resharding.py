@@ -45,7 +45,7 @@ def leg(path: Path, layout: dict[str, Any], last_step: int) -> str:
     folder = RunFolder(path)
     config = folder.config()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **layout))
-    task = PreemptedTask(config.task, config.train.seed)
+    task = PreemptedTask(config.language, config.train.seed)
     task.last = last_step * config.train.batch_size - 1
     with joined(config.train) as processes:
         try:
@@ -57,7 +57,7 @@ def leg(path: Path, layout: dict[str, Any], last_step: int) -> str:
 
 def plain_config(tiny: RunConfig, name: Any, num_steps: int = 10) -> RunConfig:
     """Without dropout, whose draws belong to the processes, and with a batch that 1, 2, 3 and 4 can share."""
-    task = dataclasses.replace(tiny.task, model=dataclasses.replace(tiny.task.model, dropout=0.0))
+    task = dataclasses.replace(tiny.language, model=dataclasses.replace(tiny.language.model, dropout=0.0))
     settings: dict[str, Any] = {"batch_size": 12, "num_accumulation_steps": 1, "num_steps": num_steps}
     train_config = dataclasses.replace(tiny.train, **settings, checkpoint_every=100)
     optimizer = dataclasses.replace(tiny.optimizer, name=name, lr=0.01)
@@ -145,7 +145,7 @@ def test_plain_state_dicts_load_into_torch(tmp_path: Path, tiny: RunConfig, name
     main(["export", str(tmp_path / "run.pt"), str(folder.path)])
     state = torch.load(tmp_path / "run.pt", weights_only=True)
     config = folder.config()
-    model = LanguageTask(config.task, 0).build_model()
+    model = LanguageTask(config.language, 0).build_model()
     model.load_state_dict(state["model"])
     stepper = optimizers.build(model, config.optimizer, config.train)
     for part, saved in zip(stepper.parts, state["optimizer"], strict=True):
@@ -174,7 +174,7 @@ def test_torchs_own_state_dict_functions_read_it(tmp_path: Path, tiny: RunConfig
     """They make the state exist by a step with zero gradients and lr = 0, and must end with the same state."""
     folder = finished_run(tiny, tmp_path)
     config = folder.config()
-    model = LanguageTask(config.task, 0).build_model()
+    model = LanguageTask(config.language, 0).build_model()
     mars = optimizers.build(model, config.optimizer, config.train).parts[0]
     model_state, optimizer_state = get_state_dict(model, mars)
     path = folder.checkpoints / "step-00000004"

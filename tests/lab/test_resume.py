@@ -32,7 +32,7 @@ class FragileTask(LanguageTask):
     """Ends the process, or sends a signal to it, when the batch of a certain step is at hand."""
 
     def __init__(self, config: RunConfig, first_sequence: int, signal_number: int | None = None) -> None:
-        super().__init__(config.task, config.train.seed)
+        super().__init__(config.language, config.train.seed)
         self.first_sequence, self.signal_number = first_sequence, signal_number
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ def test_half_a_line_of_metrics_is_written_again(tmp_path: Path, tiny: RunConfig
 
 def test_changed_data_is_refused(tmp_path: Path, tiny: RunConfig) -> None:
     corpus = tmp_path / "text.jsonl"
-    corpus.write_text(Path(tiny.task.data.corpus).read_text())
-    data = dataclasses.replace(tiny.task.data, corpus=str(corpus))
-    config = dataclasses.replace(tiny, task=dataclasses.replace(tiny.task, data=data))
+    corpus.write_text(Path(tiny.language.data.corpus).read_text())
+    data = dataclasses.replace(tiny.language.data, corpus=str(corpus))
+    config = dataclasses.replace(tiny, task=dataclasses.replace(tiny.language, data=data))
     folder = begin(config, tmp_path)
     with pytest.raises(PowerCutError):
         train(FragileTask(config, 8 * 4), config, folder, quiet=True)

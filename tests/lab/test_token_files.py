@@ -81,7 +81,7 @@ def test_threads_read_side_by_side(tmp_path: Path) -> None:
 
 def test_training_on_token_files_is_training_on_the_text_they_came_from(tmp_path: Path, tiny: RunConfig) -> None:
     """The same tokens as one file of nanoGPT's format and as several with headers: the same run, bit for bit."""
-    text = tokens.load(tiny.task.data)
+    text = tokens.load(tiny.language.data)
     folder = tmp_path / "tokens"
     folder.mkdir()
     train_tokens = text.train[:]
@@ -90,11 +90,11 @@ def test_training_on_token_files_is_training_on_the_text_they_came_from(tmp_path
     write(folder / "x_val_0.bin", text.val[:])
     assert text.tokenizer_path is not None
     (folder / "tokenizer.json").write_bytes(text.tokenizer_path.read_bytes())
-    data = dataclasses.replace(tiny.task.data, tokens=str(folder))
+    data = dataclasses.replace(tiny.language.data, tokens=str(folder))
     outcomes = []
     for name, config in (
         ("text", tiny),
-        ("files", dataclasses.replace(tiny, task=dataclasses.replace(tiny.task, data=data))),
+        ("files", dataclasses.replace(tiny, task=dataclasses.replace(tiny.language, data=data))),
     ):
         task, run = launch.start(config, tmp_path, name, numbered=False)
         train(task, config, run, quiet=True)
@@ -198,9 +198,9 @@ def test_the_fingerprint_has_the_manifests_checksums(folder: Path) -> None:
 
 
 def test_a_run_is_not_continued_on_other_tokens(tmp_path: Path, folder: Path, tiny: RunConfig) -> None:
-    model = dataclasses.replace(tiny.task.model, vocab_size=50257)
-    data = dataclasses.replace(tiny.task.data, tokens=str(folder))
-    task_config = dataclasses.replace(tiny.task, model=model, data=data, sample_tokens=0)
+    model = dataclasses.replace(tiny.language.model, vocab_size=50257)
+    data = dataclasses.replace(tiny.language.data, tokens=str(folder))
+    task_config = dataclasses.replace(tiny.language, model=model, data=data, sample_tokens=0)
     config = dataclasses.replace(tiny, task=task_config, train=dataclasses.replace(tiny.train, num_steps=5))
     task, run = launch.start(config, tmp_path, "run", numbered=False)
     train(task, config, run, quiet=True)
@@ -222,8 +222,8 @@ def test_sampling_needs_a_tokenizer_and_says_so_before_training(
 
     gpt2_encoding.cache_clear()
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    model = dataclasses.replace(tiny.task.model, vocab_size=50304)
-    config = dataclasses.replace(tiny.task, model=model, data=DataConfig(tokens=str(folder)))
+    model = dataclasses.replace(tiny.language.model, vocab_size=50304)
+    config = dataclasses.replace(tiny.language, model=model, data=DataConfig(tokens=str(folder)))
     with pytest.raises(InputError, match=r"can't be downloaded \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*--sample-tok"):
         LanguageTask(config, seed=0)
     task = LanguageTask(dataclasses.replace(config, sample_tokens=0), seed=0)

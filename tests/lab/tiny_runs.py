@@ -30,13 +30,19 @@ def prose(num_words: int, seed: int = 0) -> str:
 
 def flags(config: RunConfig) -> list[str]:
     """The command-line flags that turn the default recipe into `config`."""
+    task = config.language
     sections = {
-        "model": config.task.model,
-        "data": config.task.data,
+        "model": task.model,
+        "data": task.data,
         "optimizer": config.optimizer,
         "train": config.train,
     }
-    out = ["--eval-sequences", str(config.task.eval_sequences), "--sample-tokens", str(config.task.sample_tokens)]
+    out = [
+        "--eval-sequences",
+        str(task.eval_sequences),
+        "--sample-tokens",
+        str(task.sample_tokens),
+    ]
     for section, value in sections.items():
         for name, setting in dataclasses.asdict(value).items():
             flag = "corpus" if name == "corpus" else f"{section}.{name.replace('_', '-')}"

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +97,8 @@ def load(dataset: Literal["cifar10", "cifar100"], source: Path) -> ImageData:
     for part, images in (("train", found.train), ("test", found.test)):
         if len(images.pixels) != len(images.labels) or not len(images.labels):
             raise InputError(
-                f"the {part} part at {source} has {len(images.pixels)} images and {len(images.labels)} labels; restore it"
+                f"the {part} part at {source} has {len(images.pixels)} images and {len(images.labels)} labels; "
+                "restore it"
             )
         if images.labels.max() >= archive.num_classes:
             raise InputError(
@@ -147,7 +149,9 @@ def _joined(batches: list[dict[bytes, Any]], labels: bytes) -> LabelledImages:
 class _Unpickler(pickle.Unpickler):
     """Arrays and plain values only: a pickle from elsewhere could otherwise run any code."""
 
-    _ALLOWED = frozenset({("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")})
+    _ALLOWED = frozenset(
+        {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    )
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         module = module_name.rpartition(".")[2] if module_name.startswith("numpy.") else module_name
@@ -166,7 +170,7 @@ def _jpegs(path: Path) -> LabelledImages:
     with np.load(path) as file:
         jpeg, offsets, labels = file["jpeg"].tobytes(), file["offsets"], file["labels"]
     pixels = np.empty((len(offsets) - 1, SIZE, SIZE, 3), np.uint8)
-    for index, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for index, (begin, end) in enumerate(pairwise(offsets)):
         with Image.open(io.BytesIO(jpeg[begin:end])) as image:
             pixels[index] = np.asarray(image.convert("RGB"))
     return LabelledImages(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels.astype(np.uint8))

@@ -40,7 +40,7 @@ class Fault:
 
 def token_folder(config: RunConfig) -> Path:
     """The prepared tokens of a drill, which has a cache of its own."""
-    return next(path for path in Path(config.task.data.cache).iterdir() if path.is_dir())
+    return next(path for path in Path(config.language.data.cache).iterdir() if path.is_dir())
 
 
 def _kill_worker(folder: Path, config: RunConfig) -> None:
@@ -109,7 +109,7 @@ class FaultyTask(LanguageTask):
     """Strikes once in the life of a run, on its second process."""
 
     def __init__(self, config: RunConfig, fault: str, folder: Path) -> None:
-        super().__init__(config.task, config.train.seed)
+        super().__init__(config.language, config.train.seed)
         self._run_config, self._fault, self._folder = config, fault, folder
         self._mark = folder / ".fault"
         self._spoilt: Tensor | None = None

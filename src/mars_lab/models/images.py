@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,9 +46,7 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(num_out)
         self.shortcut = nn.Sequential()
         if stride != 1 or num_in != num_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
@@ -95,6 +94,9 @@ class SmallCNN(nn.Module):
         self.head = nn.Linear(16 * width, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        # A third faster on a CPU. ResNet gains an eighth, but its 1 x 1 convolutions then have gradients whose strides
+        # DDP has to undo.
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x_BCHW = stage(x_BCHW)
         return self.head(self.dropout(F.relu(self.hidden(x_BCHW.flatten(1)))))

@@ -62,6 +62,11 @@ class LanguageTask:
         return f"order {ORDER}\n{self.data.fingerprint}"
 
     @property
+    def unit(self) -> str:
+        """What has a label of its own."""
+        return "token"
+
+    @property
     def tokens_per_sequence(self) -> int:
         """The context length."""
         return self.config.model.context_length

@@ -18,6 +18,11 @@ class Task(Protocol):
         ...
 
     @property
+    def unit(self) -> str:
+        """What a training target is: a token, an image."""
+        ...
+
+    @property
     def tokens_per_sequence(self) -> int:
         """Training targets in one sequence of a batch (1 where a sequence is a single example)."""
         ...

@@ -11,6 +11,7 @@ import tyro
 
 from mars_lab.errors import InputError
 from mars_lab.tasks.language import LanguageConfig
+from mars_lab.tasks.vision import VisionConfig
 from mars_optim import MARS
 
 OptimizerName = Literal["adamw", "muon", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m"]
@@ -87,8 +88,10 @@ class TrainConfig:
     num_accumulation_steps: int = 1
     """Passes whose gradients are averaged into one step."""
     schedule: Literal["cosine", "wsd", "constant", "multistep"] = "cosine"
-    """Learning rate after the warm-up; wsd is constant, then linear over the last fifth; multistep falls to a tenth
+    """Learning rate after the warm-up; wsd is constant, then linear over the last part; multistep falls to a tenth
     at half and again at three quarters of the steps."""
+    decay_fraction: float = 0.2
+    """wsd: share of the steps in which the learning rate falls."""
     warmup_fraction: float = 0.1
     """Share of the steps in which the learning rate rises to its peak."""
     final_lr_ratio: float = 0.1
@@ -125,7 +128,7 @@ class TrainConfig:
             raise InputError(f"train.group_size must be at least 1, got {self.group_size}")
         if not self.timeout > 0:
             raise InputError(f"train.timeout must be above 0 seconds, got {self.timeout}")
-        for name in ("warmup_fraction", "final_lr_ratio"):
+        for name in ("warmup_fraction", "final_lr_ratio", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"train.{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -153,9 +156,23 @@ class TrainConfig:
 class RunConfig:
     """Everything that determines a run."""
 
-    task: Annotated[LanguageConfig, tyro.conf.arg(name="")] = field(default_factory=LanguageConfig)
+    # The recipe's kind of task is the one whose fields are flags.
+    task: Annotated[LanguageConfig | VisionConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = field(
+        default_factory=LanguageConfig
+    )
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def language(self) -> LanguageConfig:
+        """The task of a run that trains a language model.
+
+        Raises:
+            InputError: this one doesn't.
+        """
+        if not isinstance(self.task, LanguageConfig):
+            raise InputError(f"this needs a language model, but the run's model is {self.task.model.name}")
+        return self.task
 
 
 def from_dict(cls: Any, values: dict[str, Any], path: str = "") -> Any:
@@ -174,5 +191,9 @@ def _restore(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path)
     if isinstance(hint, types.UnionType):
-        hint = next(arm for arm in hint.__args__ if arm is not types.NoneType)
+        arms = [arm for arm in hint.__args__ if arm is not types.NoneType]
+        hint = arms[0]
+        if isinstance(value, dict):  # of several kinds of configuration, the one with these fields
+            hint = next((arm for arm in arms if set(value) <= set(typing.get_type_hints(arm))), hint)
+            return from_dict(hint, value, path)
     return tuple(value) if typing.get_origin(hint) is tuple and value is not None else value

@@ -12,7 +12,9 @@ import torch
 from mars_lab.errors import InputError
 from mars_lab.models.gpt2 import GPT2
 from mars_lab.ranks import Ranks
-from mars_lab.tasks.language import LanguageTask
+from mars_lab.tasks.language import LanguageConfig, LanguageTask
+from mars_lab.tasks.task import Task
+from mars_lab.tasks.vision import VisionTask
 from mars_lab.training import run_folder
 from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import RunConfig
@@ -21,7 +23,7 @@ from mars_lab.training.processes import joined
 from mars_lab.training.run_folder import RunFolder
 
 
-def start(config: RunConfig, runs: Path, name: str, *, numbered: bool) -> tuple[LanguageTask, RunFolder]:
+def start(config: RunConfig, runs: Path, name: str, *, numbered: bool) -> tuple[Task, RunFolder]:
     """Prepare the data and make the folder of a new run, in this order: bad input leaves no folder behind.
 
     `config` should be free of `auto` (`TrainConfig.resolved`), so that the run can be continued elsewhere.
@@ -43,9 +45,11 @@ def join(config: RunConfig, runs: Path, name: str) -> dict[str, Any]:
         return folder.summary() or train(prepare(config), config, folder, processes=processes)
 
 
-def prepare(config: RunConfig) -> LanguageTask:
+def prepare(config: RunConfig) -> Task:
     """The task of `config`; its data are made ready, and checked."""
-    return LanguageTask(config.task, config.train.seed)
+    if isinstance(config.task, LanguageConfig):
+        return LanguageTask(config.task, config.train.seed)
+    return VisionTask(config.task, config.train.seed)
 
 
 def resume(
@@ -53,7 +57,7 @@ def resume(
     *,
     quiet: bool = False,
     layout: Mapping[str, Any] | None = None,
-    open_task: Callable[[RunConfig], LanguageTask] = prepare,
+    open_task: Callable[[RunConfig], Task] = prepare,
 ) -> dict[str, Any]:
     """Continue the run in `folder` and return its summary; a finished run's is returned at once.
 
@@ -73,13 +77,14 @@ def load_model(folder: RunFolder) -> tuple[LanguageTask, GPT2]:
     """The task of a run and the model of its newest checkpoint, on the CPU.
 
     Raises:
-        InputError: there is no checkpoint yet, or none is readable.
+        InputError: the run's model writes no text, or there is no checkpoint yet, or none is readable.
     """
+    config = folder.config()
+    language = config.language
     state = plain.read_newest(folder.checkpoints)
     if state is None:
         raise InputError(f"{folder.path} has no checkpoint yet; continue it with `mars train --resume {folder.path}`")
-    config = folder.config()
-    task = prepare(config)
+    task = LanguageTask(language, config.train.seed)
     with torch.random.fork_rng(devices=[]):
         model = task.build_model()
     model.load_state_dict(state["model"])

@@ -52,7 +52,7 @@ def train(
         if ranks.is_first:
             folder.write("groups.txt", run.stepper.audit + "\n")
         metrics = stack.enter_context(Metrics(folder, run.step, writes=ranks.is_first))
-        progress = stack.enter_context(RunProgress(last, run.step, quiet=quiet, shows=ranks.is_first))
+        progress = stack.enter_context(RunProgress(last, run.step, unit=task.unit, quiet=quiet, shows=ranks.is_first))
         if run.step == 0:
             run.evaluate(metrics, progress)
         while run.step < last:
@@ -76,7 +76,7 @@ def _finish(run: Run, folder: RunFolder) -> dict[str, Any]:
     with run.autocast():
         sample = run.task.sample(run.model, run.ranks.device)
     summary = {
-        "val_loss": run.val_loss,
+        **run.measures,
         "steps": run.step,
         "tokens": run.tokens,
         "seconds": run.seconds,
@@ -85,7 +85,7 @@ def _finish(run: Run, folder: RunFolder) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     if run.ranks.is_first:
-        loss_curve.draw(folder.metrics, folder.path / "loss", folder.path.name)
+        loss_curve.draw(folder.metrics, folder.path / "loss", title=folder.path.name, unit=run.task.unit)
         folder.write("sample.txt", sample + "\n")
         folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

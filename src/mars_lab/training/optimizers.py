@@ -14,7 +14,6 @@ from mars_lab.training.config import OptimizerConfig, TrainConfig
 from mars_optim import MARS, param_groups
 from mars_optim.schedules import Linear, WarmupConstant, WarmupCosine, WarmupMultiStep, WarmupStableDecay
 
-_DECAYING = {"cosine": WarmupCosine, "wsd": WarmupStableDecay}
 _MUON_SCALES = {"rms": "match_rms_adamw", "spectral": "original"}  # torch's names for them
 
 
@@ -186,4 +185,6 @@ def _multiplier(train: TrainConfig) -> Callable[[int], float]:
         return WarmupConstant(num_warmup_steps)
     if train.schedule == "multistep":
         return WarmupMultiStep(num_warmup_steps, (train.num_steps // 2, train.num_steps * 3 // 4))
-    return _DECAYING[train.schedule](num_warmup_steps, train.num_steps, train.final_lr_ratio)
+    if train.schedule == "wsd":
+        return WarmupStableDecay(num_warmup_steps, train.num_steps, train.final_lr_ratio, train.decay_fraction)
+    return WarmupCosine(num_warmup_steps, train.num_steps, train.final_lr_ratio)

@@ -64,7 +64,8 @@ class Run:
         """The signal with which any process was asked to stop; 0 for none."""
         self.seconds = 0.0
         """Time spent in steps, evaluations and checkpoints not counted."""
-        self.val_loss = math.nan
+        self.measures: dict[str, float] = {"val_loss": math.nan}
+        """Of the last evaluation."""
         self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         self._config_dict = dataclasses.asdict(config)
         if self.ranks.share > 0:
@@ -135,10 +136,9 @@ class Run:
     def evaluate(self, metrics: Metrics, progress: RunProgress) -> None:
         self.watchdog.enter(f"the evaluation after step {self.step}")
         with self.autocast():
-            measures = self.task.evaluate(self.model, self.ranks)
-        self.val_loss = measures["val_loss"]
-        metrics.log(self.step, {"tokens": self.tokens, "seconds": self.seconds, **measures})
-        progress.evaluated(self.step, self.val_loss)
+            self.measures = self.task.evaluate(self.model, self.ranks)
+        metrics.log(self.step, {"tokens": self.tokens, "seconds": self.seconds, **self.measures})
+        progress.evaluated(self.step, self.measures)
 
     def save(self, metrics: Metrics) -> None:
         """Begin to write a checkpoint, unless a weight is not finite: such a checkpoint would replace a good one."""
@@ -154,7 +154,7 @@ class Run:
         values: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
-            "val_loss": self.val_loss,
+            "measures": self.measures,
             "param_groups": [contents.optimizer_groups(part, self._names) for part in self.stepper.parts],
             "tied": contents.tied_names(self.model),
             "schedulers": self.stepper.schedules_state(),
@@ -184,7 +184,7 @@ class Run:
         for part, groups in zip(self.stepper.parts, values["param_groups"], strict=True):
             contents.load_optimizer(part, self._names, tensors, groups)
         self.stepper.load_schedules(values["schedulers"])
-        self.step, self.seconds, self.val_loss = values["step"], values["seconds"], values["val_loss"]
+        self.step, self.seconds, self.measures = values["step"], values["seconds"], values["measures"]
         if own_random in tensors:
             restore_random_state(unpacked(tensors[own_random]))
 
