@@ -98,7 +98,8 @@ FAULTS = {
     "hang": Fault(
         "a process that hangs",
         _hang,
-        rf"rank 0 has waited .* in 'forward and backward of step {STEP}, which exchange weights or gradients'; "
+        rf"rank 0 has waited .* in 'forward and backward of step {STEP}, which exchange weights or gradients', "
+        r"in gloo:all_reduce number \d+ of default_pg, shapes \[\[\d+\]\]; "
         rf"least far came rank 1 in 'reading the batch of step {STEP}'",
         True,
     ),

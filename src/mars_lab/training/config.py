@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
@@ -118,6 +119,8 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     num_checkpoints: int = 2
     """Checkpoints kept, the newest ones."""
+    wandb: bool = False
+    """Log to Weights & Biases, too (needs the package wandb)."""
 
     def __post_init__(self) -> None:
         positive = ("num_steps", "batch_size", "num_accumulation_steps", "eval_every", "checkpoint_every")
@@ -137,6 +140,8 @@ class TrainConfig:
             device = torch.device("cpu" if self.device == "auto" else self.device)
         except RuntimeError:
             raise InputError(f"train.device must be auto, cpu or cuda, got {self.device!r}") from None
+        if self.wandb and find_spec("wandb") is None:
+            raise InputError("train.wandb needs the package wandb: pip install wandb")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"train.device is {self.device!r}, but this torch sees no CUDA device; use auto or cpu")
 

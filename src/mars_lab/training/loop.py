@@ -51,7 +51,7 @@ def train(
         run = Run(task, config, folder, processes=processes, saver=saver, watchdog=watchdog, interruption=interruption)
         if ranks.is_first:
             folder.write("groups.txt", run.stepper.audit + "\n")
-        metrics = stack.enter_context(Metrics(folder, run.step, writes=ranks.is_first))
+        metrics = stack.enter_context(Metrics(folder, run.step, writes=ranks.is_first, wandb=config.train.wandb))
         progress = stack.enter_context(RunProgress(last, run.step, unit=task.unit, quiet=quiet, shows=ranks.is_first))
         if run.step == 0:
             run.evaluate(metrics, progress)

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mars_lab.errors import InputError
 from mars_lab.ranks import Ranks
 from mars_lab.training.config import TrainConfig
+from mars_lab.training.watchdog import record_collectives
 
 DATA, SHARD, TENSOR = "data", "shard", "tensor"
 
@@ -68,6 +69,7 @@ def joined(config: TrainConfig) -> Iterator[Processes]:
         torch.cuda.set_device(local_rank)
     # Checkpoints and small objects travel over gloo on the CPU also where gradients have NCCL.
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    record_collectives()
     # The watchdog speaks first, and says more.
     dist.init_process_group(backend, timeout=timedelta(seconds=3 * config.timeout))
     try:

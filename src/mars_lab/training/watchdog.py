@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import _dump_fr_trace_json  # pyright: ignore
 from torch.distributed.distributed_c10d import PrefixStore
 
 from mars_lab.ranks import Ranks
@@ -24,9 +25,10 @@ class Watchdog:
     """While entered, a thread publishes what this process is doing and ends it when nothing changes for `timeout`.
 
     A collective waits for the slowest process, so that a single one that hangs stops all. Each process writes to
-    the store of the process group what it does and since when. The first to lose patience reads what all others
-    have written, names those that came least far, and ends; the launcher then ends and restarts all. A process that
-    the launcher no longer looks after, because it was killed, asks itself to stop, as SIGTERM would.
+    the store of the process group what it does and since when. The first to lose patience names the collective that
+    it waits in, reads what all others have written, names those that came least far, and ends; the launcher then ends
+    and restarts all. A process that the launcher no longer looks after, because it was killed, asks itself to stop,
+    as SIGTERM would.
     """
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
@@ -84,7 +86,8 @@ class Watchdog:
         behind = [(rank, doing) for rank, (count, doing) in sorted(others.items()) if count == least]
         named = ", ".join(f"rank {rank} in {doing!r}" for rank, doing in behind[:8])
         print(
-            f"mars: rank {self._ranks.rank} has waited {self._timeout:g} s in {what!r}; least far came {named}. "
+            f"mars: rank {self._ranks.rank} has waited {self._timeout:g} s in {what!r}{_collective()}; "
+            f"least far came {named}. "
             "Ending, so that the launcher can start again. If the work really takes so long, raise --train.timeout.",
             file=sys.stderr,
             flush=True,
@@ -102,3 +105,18 @@ class Watchdog:
         self._done.set()
         if self._ranks.size > 1:
             self._thread.join()
+
+
+def record_collectives() -> None:
+    """Have PyTorch's flight recorder keep the last collectives; before the process group is made."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
+
+
+def _collective() -> str:
+    """The oldest collective that this process has begun and not ended; empty if there is none."""
+    with suppress(Exception):  # the recorder's form is PyTorch's own affair, and the rest of the message must come
+        for entry in json.loads(_dump_fr_trace_json(True, False))["entries"]:
+            if not entry["retired"] and entry["state"] != "completed":
+                group, shapes = entry["process_group"][-1], entry["input_sizes"]
+                return f", in {entry['profiling_name']} number {entry['collective_seq_id']} of {group}, shapes {shapes}"
+    return ""
