@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from mars_lab.data import tokens
 from mars_lab.data.batches import Windows, evaluation_sequences
 from mars_lab.data.corpus import open_corpus, split
+from mars_lab.data.text_tokens import TextConfig
 from mars_lab.data.tokens import DataConfig
 from mars_lab.errors import InputError
 from mars_lab.tasks.language import LanguageTask
@@ -214,3 +216,41 @@ def test_evaluation_windows_are_spread_over_the_whole_text() -> None:
     corpus = np.arange(1001, dtype=np.uint16)
     assert evaluation_sequences(corpus, 10, 4)[:, 0].tolist() == [0, 250, 500, 750]
     assert len(evaluation_sequences(corpus, 10, 0)) == len(evaluation_sequences(corpus, 10, 999)) == 100
+
+
+def write_lines(path: Path, *texts: str) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(lzma.compress(lines) if path.suffix == ".xz" else lines)
+
+
+def test_files_named_after_parts_are_these_parts_also_compressed(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train-0.jsonl.xz", "first book", "second book")
+    write_lines(tmp_path / "train-1.jsonl", "third book")
+    write_lines(tmp_path / "val.jsonl.xz", "held-out book")
+    write_lines(tmp_path / "test.jsonl", "unseen book")
+    found = list(split(open_corpus(str(tmp_path)), 0.5))
+    assert found == [("first book", False), ("second book", False), ("third book", False), ("held-out book", True)]
+    (tmp_path / "more.txt").write_text("of no part")
+    assert len(list(split(open_corpus(str(tmp_path)), 0.5))) == 6, "then the names say nothing"
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "books.jsonl.xz", "a book " * 1000)
+    whole = (tmp_path / "books.jsonl.xz").read_bytes()
+    for damaged in (b"not xz at all", whole[: len(whole) // 2]):
+        (tmp_path / "books.jsonl.xz").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"books\.jsonl\.xz is damaged"):
+            list(open_corpus(str(tmp_path)).documents())
+
+
+def test_training_text_can_be_limited_and_validation_text_stays(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", "a" * 700, "b" * 700, "c" * 700)
+    write_lines(tmp_path / "val.jsonl", "d" * 900)
+    limited = TextConfig(tokenizer_size=300, val_fraction=0.5, max_characters=1000)
+    parts = list(limited.split(open_corpus(str(tmp_path))))
+    assert parts == [("a" * 700, False), ("b" * 300, False), ("d" * 900, True)]
+    config = DataConfig(str(tmp_path), tokenizer_size=300, cache=str(tmp_path / "cache"))
+    whole, part = (tokens.load(dataclasses.replace(config, max_characters=limit)) for limit in (None, 1000))
+    assert part.fingerprint != whole.fingerprint
+    assert len(part.train) < len(whole.train)
+    assert part.tokenizer.decode([int(i) for i in part.train[:]]).startswith("a" * 700)

@@ -162,19 +162,24 @@ def test_a_run_records_them(tmp_path: Path, tiny: RunConfig) -> None:
     assert all(later["tokens"] > row["tokens"] for row, later in pairwise(rows))
 
 
-def _sharded(rank: int, store: str, results: Any) -> None:
+def _sharded(rank: int, store: str, layout: str, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = Net()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    results[rank] = measured(model)
+    model, options = Net(), {}
+    if layout == "weights":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        options = {"process_group": dist.group.WORLD, "shard_state": True}
+    results[rank] = measured(model, **options)
     dist.destroy_process_group()
 
 
-def measured(model: nn.Module) -> dict[str, float]:
+def measured(model: nn.Module, **options: Any) -> dict[str, float]:
     """Measures of the third step on the same data everywhere; MARS-AdamW of this is the same sharded or not."""
-    optimizer = MARS(model.parameters(), lr=1e-2, clip_norm=2.0, gamma=0.05)
-    diagnostics = Diagnostics([optimizer], model.named_parameters(), sequences_per_step=32)
+    optimizer = MARS(model.parameters(), lr=1e-2, clip_norm=2.0, gamma=0.05, **options)
+    diagnostics = Diagnostics(
+        [optimizer], model.named_parameters(), sequences_per_step=32, state_is_shared_out=bool(options)
+    )
     for step in range(3):
         x = torch.randn(32, 5, generator=torch.Generator().manual_seed(step))
         ((model(x) - x[:, :3]).square().mean() * 40).backward()
@@ -187,11 +192,12 @@ def measured(model: nn.Module) -> dict[str, float]:
     return measures
 
 
-def test_sharded_tensors_are_measured_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["weights", "state"])
+def test_sharded_tensors_are_measured_whole(tmp_path: Path, layout: str) -> None:
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
-        arguments = str(tmp_path / "store"), results
+        arguments = str(tmp_path / "store"), layout, results
         processes = [context.Process(target=_sharded, args=(rank, *arguments)) for rank in range(2)]
         for process in processes:
             process.start()

@@ -79,13 +79,13 @@ def test_published_figures_are_at_the_recipes_that_they_are_of() -> None:
 def test_the_rule_of_the_scales() -> None:
     for size in gpt2.SIZES:
         for scale in SCALES.values():
-            assert find(f"cpu/gpt2-{size}-owt-mars-m").config.language.model.width * 4 == gpt2.SIZES[size].width
+            assert find(f"cpu/gpt2-{size}-owt-mars-m").config.language.model.width == gpt2.SIZES[size].width // 6
             assert scale.layers >= 1
     published, small = (find(f"{scale}gpt2-small-owt-mars-adamw").config for scale in ("", "cpu/"))
-    assert small.optimizer == dataclasses.replace(published.optimizer, lr=4 * 6e-3, lr_1d=4 * 3e-3)
+    assert small.optimizer == dataclasses.replace(published.optimizer, lr=6 * 6e-3, lr_1d=6 * 3e-3)
     model = small.language.model
-    assert (model.num_layers, model.num_heads, model.width, model.context_length) == (4, 3, 192, 256)
-    assert small.train.num_steps == 400
+    assert (model.num_layers, model.num_heads, model.width, model.context_length) == (4, 2, 128, 128)
+    assert small.train.num_steps == 200
     assert find("gpu-hour/gpt2-small-owt-mars-adamw").config.optimizer == published.optimizer
     vision = find("cpu/cifar10-resnet18-adamw").config
     assert isinstance(vision.task, VisionConfig)
@@ -110,7 +110,7 @@ def test_gamma_moves_with_the_steps() -> None:
 
     stepper = build(GPT2(config.language.model), config.optimizer, config.train)
     gamma = stepper.parts[0].param_groups[0]["gamma"]
-    assert [gamma(step) for step in (0, 200, 400)] == pytest.approx([0.1, 0.05, 0.0])
+    assert [gamma(step) for step in (0, 100, 200)] == pytest.approx([0.1, 0.05, 0.0])
 
 
 def test_recipes_are_listed_counted_and_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,12 @@ another name, flushed to the disk, and renamed at the end.
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,20 +24,43 @@ from mars_lab.data.tokenizer import END_OF_TEXT
 from mars_lab.errors import InputError
 
 _FORMAT = 2
+_TOKENIZER_CHARACTERS = 20_000_000
 ALPHABET_SIZE = 257
 """The 256 bytes and END_OF_TEXT: no tokenizer has fewer entries."""
 
 
-def prepared(corpus: Corpus, cache: Path, *, tokenizer_size: int, val_fraction: float) -> Path:
+@dataclass(frozen=True)
+class TextConfig:
+    """How a corpus becomes tokens."""
+
+    tokenizer_size: int
+    val_fraction: float
+    max_characters: int | None
+    """Training text beyond this is left out."""
+
+    def split(self, corpus: Corpus) -> Iterator[tuple[str, bool]]:
+        """Pairs (text, held out)."""
+        left = math.inf if self.max_characters is None else self.max_characters
+        for text, held_out in split(corpus, self.val_fraction):
+            if held_out:
+                yield text, True
+            elif left > 0:
+                yield (text if len(text) <= left else text[: int(left)]), False
+                left -= len(text)
+
+
+def prepared(corpus: Corpus, cache: Path, config: TextConfig) -> Path:
     """The folder of `corpus` in `cache`, made first if this is the first time.
 
     Raises:
         InputError: the corpus can't be read, or a prepared file was changed after it was written.
     """
-    settings = f"{_FORMAT} {corpus.fingerprint} {tokenizer_size} {val_fraction}"
+    settings = f"{_FORMAT} {corpus.fingerprint} {config.tokenizer_size} {config.val_fraction}"
+    if config.max_characters is not None:
+        settings += f" {config.max_characters}"
     folder = cache / f"{corpus.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     if not folder.exists():
-        _prepare(corpus, folder, tokenizer_size, val_fraction)
+        _prepare(corpus, folder, config)
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, expected in manifest["sha256"].items():
         path = folder / name
@@ -43,18 +69,18 @@ def prepared(corpus: Corpus, cache: Path, *, tokenizer_size: int, val_fraction: 
     return folder
 
 
-def _prepare(corpus: Corpus, folder: Path, tokenizer_size: int, val_fraction: float) -> None:
+def _prepare(corpus: Corpus, folder: Path, config: TextConfig) -> None:
     print(f"Preparing {corpus.name}: training a tokenizer, encoding the text (once; kept in {folder}) ...", flush=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     _remove_abandoned(folder)
     partial.mkdir(parents=True)
     try:
-        tokenizer = _train_tokenizer(corpus, tokenizer_size, val_fraction)
+        tokenizer = _train_tokenizer(corpus, config)
         tokenizer.save(str(partial / "tokenizer.json"))
-        counts = _encode(split(corpus, val_fraction), tokenizer, partial)
+        counts = _encode(config.split(corpus), tokenizer, partial)
         hashes = {name: _sha256(partial / name) for name in ("train.bin", "val.bin", "tokenizer.json")}
         manifest = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "format": _FORMAT, "sha256": hashes}
-        manifest |= {"tokenizer_size": tokenizer.get_vocab_size(), "val_fraction": val_fraction, **counts}
+        manifest |= {"tokenizer_size": tokenizer.get_vocab_size(), "val_fraction": config.val_fraction, **counts}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for path in (*partial.iterdir(), partial):
             _flush_to_disk(path)
@@ -77,18 +103,29 @@ def _remove_abandoned(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _train_tokenizer(corpus: Corpus, size: int, val_fraction: float) -> Tokenizer:
+def _train_tokenizer(corpus: Corpus, config: TextConfig) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=config.tokenizer_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for text, held_out in split(corpus, val_fraction) if not held_out), trainer)
+    tokenizer.train_from_iterator(_first_characters(corpus, config), trainer)
     return tokenizer
+
+
+def _first_characters(corpus: Corpus, config: TextConfig) -> Iterator[str]:
+    """Training text, no more of it than a tokenizer needs: its time and memory grow with the text."""
+    left = _TOKENIZER_CHARACTERS
+    for text, held_out in config.split(corpus):
+        if not held_out:
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
 
 
 def _encode(documents: Iterator[tuple[str, bool]], tokenizer: Tokenizer, folder: Path) -> dict[str, dict[str, int]]:
@@ -96,8 +133,13 @@ def _encode(documents: Iterator[tuple[str, bool]], tokenizer: Tokenizer, folder:
     end = tokenizer.token_to_id(END_OF_TEXT)
     names = ("train.bin", "val.bin")
     counts: dict[str, dict[str, int]] = {what: dict.fromkeys(names, 0) for what in ("documents", "tokens")}
+    num_characters, last_line = 0, time.monotonic()
     with (folder / names[0]).open("wb") as train, (folder / names[1]).open("wb") as val:
         for batch in _batched(documents, 64):
+            num_characters += sum(len(text) for text, _ in batch)
+            if time.monotonic() - last_line > 10:
+                last_line = time.monotonic()
+                print(f"  {num_characters / 1e6:,.0f} million characters", flush=True)
             encodings = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
             for (_, held_out), encoding in zip(batch, encodings, strict=True):
                 (val if held_out else train).write(np.array([*encoding.ids, end], dtype="<u2").tobytes())

@@ -12,7 +12,7 @@ import tyro
 
 from mars_lab.data import text_tokens
 from mars_lab.data.corpus import BUILT_IN, open_corpus
-from mars_lab.data.text_tokens import ALPHABET_SIZE
+from mars_lab.data.text_tokens import ALPHABET_SIZE, TextConfig
 from mars_lab.data.token_files import TokenFile, TokenFiles
 from mars_lab.data.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer, TrainedTokenizer
 from mars_lab.errors import InputError
@@ -30,6 +30,8 @@ class DataConfig:
     """Entries of the byte-level BPE tokenizer trained on the training part of the corpus."""
     val_fraction: float = 0.04
     """Share of the corpus's documents that is held out for validation."""
+    max_characters: int | None = None
+    """Leave out training text beyond this many characters; None uses all of the corpus."""
     cache: str = "data"
     """Folder that keeps the token files of corpora."""
     tokens: str | None = None
@@ -42,6 +44,8 @@ class DataConfig:
                 f"data.tokenizer_size must be in [{ALPHABET_SIZE}, 65536] (all bytes, and what uint16 holds), "
                 f"got {self.tokenizer_size}"
             )
+        if self.max_characters is not None and self.max_characters < 1:
+            raise InputError(f"data.max_characters must be at least 1, got {self.max_characters}")
         if not 0 < self.val_fraction <= 0.5:
             raise InputError(f"data.val_fraction must be in (0, 0.5], got {self.val_fraction}")
 
@@ -77,9 +81,8 @@ def load(config: DataConfig) -> TokenData:
     if config.tokens is not None:
         return open_files(_paths(config.tokens))
     corpus = open_corpus(config.corpus)
-    folder = text_tokens.prepared(
-        corpus, Path(config.cache), tokenizer_size=config.tokenizer_size, val_fraction=config.val_fraction
-    )
+    text = TextConfig(config.tokenizer_size, config.val_fraction, config.max_characters)
+    folder = text_tokens.prepared(corpus, Path(config.cache), text)
     return open_files([folder / "train.bin", folder / "val.bin"])
 
 

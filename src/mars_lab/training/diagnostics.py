@@ -41,6 +41,7 @@ class Diagnostics:
         optimizers: of one training.
         named_parameters: at least those that they train.
         sequences_per_step: the unit of the noise scale.
+        state_is_shared_out: each rank has all weights, and the optimizer's state of some of them.
     """
 
     def __init__(
@@ -48,8 +49,11 @@ class Diagnostics:
         optimizers: Sequence[torch.optim.Optimizer],
         named_parameters: Iterable[tuple[str, Tensor]],
         sequences_per_step: int,
+        *,
+        state_is_shared_out: bool = False,
     ) -> None:
         self._sequences = sequences_per_step
+        self._state_is_shared_out = state_is_shared_out
         self._armed = False
         self._sums: dict[str, Tensor] = {}
         self._clips: list[tuple[str, float, float, float]] = []
@@ -139,7 +143,18 @@ class Diagnostics:
         values = torch.stack(list(self._sums.values()))
         if self._is_sharded:
             dist.all_reduce(values)
-        return dict(zip(self._sums, values.tolist(), strict=True))
+        sums = dict(zip(self._sums, values.tolist(), strict=True))
+        return self._joined(sums) if self._state_is_shared_out else sums
+
+    def _joined(self, sums: dict[str, float]) -> dict[str, float]:
+        """What all ranks know together: each of the tensors whose state it has."""
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (sums, self._clips))
+        self._clips = [clip for _, clips in ranks for clip in clips]
+        joined: dict[str, float] = {name: value for known, _ in ranks for name, value in known.items()}
+        for name in ("gg", "gm", "mm"):
+            joined[name] = math.fsum(known.get(name, 0.0) for known, _ in ranks)
+        return joined
 
     def _momentum(self, sums: dict[str, float]) -> dict[str, float]:
         if not sums.get("mm") or not sums.get("gg"):

@@ -62,7 +62,7 @@ class Metrics:
 
 def _open_wandb(folder: RunFolder) -> Any:
     """The run's page, found again when the run is continued, though the folder be moved."""
-    import wandb  # Optional, and slow to load.
+    import wandb  # pyright: ignore[reportMissingImports]  # optional, and slow to load
 
     mark = folder.path / "wandb-id"
     if not mark.exists():

@@ -57,7 +57,12 @@ class Run:
         spread(self.model, task, config.train, processes)
         self.stepper = optimizers.build(self.model, config.optimizer, config.train, processes.replicas)
         sequences = config.train.batch_size * config.train.num_accumulation_steps
-        self._diagnostics = Diagnostics(self.stepper.parts, self.model.named_parameters(), sequences)
+        self._diagnostics = Diagnostics(
+            self.stepper.parts,
+            self.model.named_parameters(),
+            sequences,
+            state_is_shared_out=config.optimizer.shard_state and processes.replicas is not None,
+        )
         self._batches = Prefetch(task.batch, self.ranks.device)
         self.step = 0
         self.stop = 0
