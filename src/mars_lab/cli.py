@@ -16,6 +16,7 @@ from mars_lab import exchange, train
 from mars_lab.drill.faults import FAULTS
 from mars_lab.drill.table import Drill, Row, table
 from mars_lab.errors import InputError, TrainingError, reported
+from mars_lab.evaluation import command as evaluation
 from mars_lab.prepare import command as prepare
 from mars_lab.recipes.registry import DEFAULT, RECIPES
 from mars_lab.sweep.compare import CompareConfig, compare
@@ -33,6 +34,7 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
   prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
+  evaluate [RUN] --tasks TASKS         the nine tasks of the papers, or questions from held-out books
   recipes                              list the recipes
   drill                                break a training in every known way, and see it recover
   export PATH [RUN] [--to hf]          write a run's newest checkpoint as a file of torch.save, or for transformers
@@ -140,6 +142,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "export": exchange.export,
     "import": exchange.import_,
+    "evaluate": evaluation.main,
     "compare": _compare,
     "prepare": _prepare,
     "recipes": _recipes,
