@@ -9,7 +9,7 @@ import pytest
 _URLS = [
     f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}" for name in ("vocab.bpe", "encoder.json")
 ]
-_PLACES = [Path(__file__).parents[2] / ".." / "shared" / "data" / "tokenizer"]
+_PLACES = [Path(__file__).parents[1] / ".." / "shared" / "data" / "tokenizer"]
 if given := os.environ.get("TIKTOKEN_CACHE_DIR"):
     _PLACES.insert(0, Path(given))
 
