@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tokenizers_at_hand import CACHE
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -33,6 +35,8 @@ def test_commands_of_a_document_run_in_order(document: Path, tmp_path: Path) -> 
     for line in make_lines:
         subprocess.run(["make", "-n", "-C", str(ROOT), line.split()[1]], check=True, capture_output=True)
     script = "\n".join(line for line in lines if line not in make_lines)
+    if "mars prepare" in script and CACHE is None:
+        pytest.skip("no copy of GPT-2's tokenizer; set TIKTOKEN_CACHE_DIR to one")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
     result = subprocess.run(

@@ -10,10 +10,11 @@ from typing import Annotated
 
 import tyro
 
-from mars_lab import train
+from mars_lab import exchange, train
 from mars_lab.drill.faults import FAULTS
 from mars_lab.drill.table import Drill, Row, table
 from mars_lab.errors import InputError, TrainingError, reported
+from mars_lab.evaluation import command as evaluation
 from mars_lab.prepare import command as prepare
 from mars_lab.recipes import command as recipes
 from mars_lab.recipes import sotu
@@ -21,7 +22,6 @@ from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
 from mars_lab.training import launch, run_folder
 from mars_lab.training.allocator import keep_freed_memory
-from mars_lab.training.checkpoint import plain
 from mars_lab.training.interruption import Interrupted
 
 _USAGE = """\
@@ -33,11 +33,12 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
   prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
+  evaluate [RUN] --tasks TASKS         the nine tasks of the papers, or questions from held-out books
   recipes [PATTERN]                    list the recipes
   recipes show NAME                    every field of a recipe, and where it is from
   drill                                break a training in every known way, and see it recover
-  export FILE [RUN]                    write a run's newest checkpoint as a file of torch.save
-  import FILE [RUN]                    make such a file the newest checkpoint of a run
+  export PATH [RUN] [--to hf]          write a run's newest checkpoint as a file of torch.save, or for transformers
+  import PATH [RUN]                    make such a file the newest checkpoint of a run, or such a folder a new run
 """
 
 
@@ -71,18 +72,6 @@ class CompareCommand:
 
 
 @dataclass(frozen=True)
-class FileCommand:
-    """Carry a run's newest checkpoint to or from a file of plain state dicts."""
-
-    file: tyro.conf.Positional[Path]
-    """The file of `torch.save`."""
-    run: tyro.conf.Positional[str | None] = None
-    """Name or folder of the run; by default the one that was started last."""
-    runs: Path = Path("runs")
-    """Folder of the runs."""
-
-
-@dataclass(frozen=True)
 class DrillCommand:
     """Inject faults into tiny trainings on two processes and print a row for each."""
 
@@ -95,20 +84,6 @@ def _sample(args: list[str]) -> None:
     task, model = launch.load_model(run_folder.find(command.runs, command.run))
     options = {name: getattr(command, name) for name in ("temperature", "top_k", "seed")}
     print(continue_text(task, model, command.prompt, command.num_tokens, **options))
-
-
-def _export(args: list[str]) -> None:
-    command = tyro.cli(FileCommand, args=args, prog="mars export")
-    step = plain.export(run_folder.find(command.runs, command.run).checkpoints, command.file)
-    print(f"{command.file} holds the state after step {step}; torch.load(..., weights_only=True) reads it")
-
-
-def _import(args: list[str]) -> None:
-    command = tyro.cli(FileCommand, args=args, prog="mars import")
-    folder = run_folder.find(command.runs, command.run)
-    with folder.locked():
-        step = plain.import_(command.file, folder.checkpoints)
-    print(f"{folder.path} continues after step {step} with: mars train --resume {folder.path}")
 
 
 def _compare(args: list[str]) -> None:
@@ -152,8 +127,9 @@ def _prepare(args: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train.main,
     "sample": _sample,
-    "export": _export,
-    "import": _import,
+    "export": exchange.export,
+    "import": exchange.import_,
+    "evaluate": evaluation.main,
     "compare": _compare,
     "prepare": _prepare,
     "recipes": recipes.main,

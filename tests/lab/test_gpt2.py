@@ -7,7 +7,8 @@ from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from mars_lab.errors import InputError
-from mars_lab.models.gpt2 import GPT2, GPT2Config, generate, load_hf_state_dict, to_hf_state_dict
+from mars_lab.models.gpt2 import GPT2, GPT2Config, generate
+from mars_lab.models.gpt2_hf import load_hf_state_dict, to_hf_state_dict
 
 TINY = GPT2Config(num_layers=3, num_heads=2, width=16, context_length=12, vocab_size=50)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import tokenizers
 
+from mars_lab.data.gpt2_bpe import from_tiktoken
 from mars_lab.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ GPT2_VOCAB_SIZE = 50257
 
 
 class Tokenizer(Protocol):
-    """What sampling needs of a tokenizer."""
+    """What sampling and exporting need of a tokenizer."""
 
     @property
     def end_of_text(self) -> int:
@@ -29,6 +30,10 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`, special ones included."""
+        ...
+
+    def as_hugging_face(self) -> tokenizers.Tokenizer:
+        """The same for the library `tokenizers`."""
         ...
 
 
@@ -63,6 +68,10 @@ class TrainedTokenizer:
         """The text of `tokens`, special ones included."""
         return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
+    def as_hugging_face(self) -> tokenizers.Tokenizer:
+        """What it is."""
+        return self._tokenizer
+
 
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE, by tiktoken."""
@@ -78,6 +87,10 @@ class GPT2Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`; those that only pad the vocabulary have none."""
         return self._encoding.decode([token for token in tokens if token < GPT2_VOCAB_SIZE])
+
+    def as_hugging_face(self) -> tokenizers.Tokenizer:
+        """The same vocabulary and merges."""
+        return from_tiktoken(self._encoding)
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from mars_lab.tasks.language import LanguageConfig, LanguageTask
 from mars_lab.tasks.task import Task
 from mars_lab.tasks.vision import VisionTask
 from mars_lab.training import run_folder
+from mars_lab.training.checkpoint import folder as folders
 from mars_lab.training.checkpoint import plain
+from mars_lab.training.checkpoint.saver import Saver
 from mars_lab.training.config import RunConfig
+from mars_lab.training.interruption import Interruption
 from mars_lab.training.loop import train
-from mars_lab.training.processes import joined
+from mars_lab.training.metrics import Metrics
+from mars_lab.training.processes import Processes, joined
+from mars_lab.training.run import Run
 from mars_lab.training.run_folder import RunFolder
+from mars_lab.training.watchdog import Watchdog
 
 
 def start(config: RunConfig, runs: Path, name: str, *, numbered: bool) -> tuple[Task, RunFolder]:
@@ -73,15 +80,41 @@ def resume(
         return train(open_task(config), config, folder, quiet=quiet, processes=processes)
 
 
-def load_model(folder: RunFolder) -> tuple[LanguageTask, GPT2]:
-    """The task of a run and the model of its newest checkpoint, on the CPU.
+def start_from(model: GPT2, config: RunConfig, runs: Path, name: str, *, numbered: bool) -> RunFolder:
+    """Make the folder of a new run whose checkpoint of step 0 has the weights of `model`; `resume` trains it.
+
+    Raises:
+        InputError: as `start`, or `model` has another shape than `config`.
+    """
+    task, folder = start(config, runs, name, numbered=numbered)
+    with folder.locked(), ExitStack() as stack:
+        saver = stack.enter_context(Saver(folder.checkpoints, Ranks(), num_kept=1))
+        here = Ranks(device=config.train.device)
+        run = Run(
+            task,
+            config,
+            folder,
+            processes=Processes(here),
+            saver=saver,
+            watchdog=Watchdog(here, config.train.timeout),
+            interruption=Interruption(),
+        )
+        run.model.load_state_dict(model.state_dict())
+        run.save(stack.enter_context(Metrics(folder, 0)))
+    return folder
+
+
+def load_model(folder: RunFolder, checkpoint: Path | None = None) -> tuple[LanguageTask, GPT2]:
+    """The task of a run and the model of a checkpoint, by default the newest, on the CPU.
 
     Raises:
         InputError: the run's model writes no text, or there is no checkpoint yet, or none is readable.
     """
     config = folder.config()
     language = config.language
-    state = plain.read_newest(folder.checkpoints)
+    if checkpoint is not None and (problem := folders.problem(checkpoint)) is not None:
+        raise InputError(f"the checkpoint {checkpoint} is damaged ({problem}); give another, or the run {folder.path}")
+    state = plain.read_newest(folder.checkpoints) if checkpoint is None else plain.read(checkpoint)
     if state is None:
         raise InputError(f"{folder.path} has no checkpoint yet; continue it with `mars train --resume {folder.path}`")
     task = LanguageTask(language, config.train.seed)

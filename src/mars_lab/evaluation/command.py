@@ -1,0 +1,142 @@
+"""`mars evaluate`: a trained model on the tasks of the field and on held-out books."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import tyro
+
+from mars_lab.errors import InputError
+from mars_lab.evaluation import book_tasks, harness, hf_folder, trained
+from mars_lab.evaluation.results import Results
+from mars_lab.evaluation.suite import BY_NAME, NINE
+from mars_lab.evaluation.task_folder import CONTINUATION, LAST_WORD, TaskFolder
+
+_NINE, _BOOKS = "nine", "books"
+_GROUPS = {_NINE: tuple(task.name for task in NINE), _BOOKS: (LAST_WORD, CONTINUATION)}
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Evaluate a model with lm-evaluation-harness; the same command again continues."""
+
+    model: tyro.conf.Positional[str | None] = None
+    """Name or folder of a run, by default the one that was started last; one of a run's checkpoints; or a folder that
+    transformers loads."""
+    tasks: tuple[str, ...] = (_NINE,)
+    """`nine`: ARC-E, ARC-C, BoolQ, HellaSwag, OBQA, PIQA, WinoGrande, MMLU, SciQ. `books`: last_word and continuation,
+    made from --books. Or names of tasks: these, or any other of the harness."""
+    shots: tuple[int, ...] = (0,)
+    """Numbers of solved examples before each question; the papers have 0. Tasks from books have none."""
+    data: Path | None = None
+    """Folder with a folder for each of the nine tasks, with their files; None means the Hugging Face Hub."""
+    books: Path | None = None
+    """Held-out books: JSON lines with a key `text`. Of a folder, files whose names begin with `train` are left out."""
+    num_passages: int = 500
+    """Most questions of each task from books."""
+    limit: int | None = None
+    """Only so many questions of each task, for a quick look."""
+    batch_size: int = 16
+    device: str = "auto"
+    """auto: cuda if there is one, otherwise cpu."""
+    output: Path | None = None
+    """Folder of the results; by default `evaluation` and the step, in the run's folder."""
+    runs: Path = Path("runs")
+    """Folder of the runs."""
+
+    def __post_init__(self) -> None:
+        positive = {"--num-passages": self.num_passages, "--limit": self.limit, "--batch-size": self.batch_size}
+        for flag, value in positive.items():
+            if value is not None and value < 1:
+                raise InputError(f"{flag} must be at least 1, got {value}")
+        if not self.tasks or not self.shots or min(self.shots) < 0:
+            raise InputError(
+                f"give at least one of --tasks and of --shots, none below 0; got {self.tasks}, {self.shots}"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Tasks, each once, groups spelled out."""
+        return list(dict.fromkeys(name for group in self.tasks for name in _GROUPS.get(group, (group,))))
+
+
+def main(args: list[str]) -> None:
+    """Run `mars evaluate` with `args`."""
+    command = tyro.cli(EvaluateCommand, args=args, prog="mars evaluate")
+    own_tasks = harness.tasks_path()
+    with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
+        work = Path(scratch)
+        folder = TaskFolder(work / "tasks", own_tasks)
+        folder.path.mkdir()
+        local = _write_tasks(command, folder)
+        model, label, output = _model(command, work / "model")
+        folders = [
+            folder.path,
+            *(own_tasks / BY_NAME[n].folder for n in command.names if n in BY_NAME and n not in local),
+        ]
+        results = _evaluate(command, model, Results(output, label, _about(command, model)), folders, output)
+    print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
+
+
+def _model(command: EvaluateCommand, exported: Path) -> tuple[Path, str, Path]:
+    """A folder of Hugging Face, a name, and where results go."""
+    name = command.model
+    if name is not None and hf_folder.is_hf_folder(Path(name)):
+        folder, label = Path(name), Path(name).resolve().name
+        output = command.output or Path("evaluation") / label
+    else:
+        found = trained.load(command.runs, name)
+        found.write(exported)
+        folder, label = exported, f"{found.run.path.name} {found.checkpoint.name}"
+        output = command.output or found.run.path / "evaluation" / found.checkpoint.name
+    output.mkdir(parents=True, exist_ok=True)
+    return folder, label, output
+
+
+def _about(command: EvaluateCommand, model: Path) -> dict[str, str | int | None]:
+    digest = hashlib.sha256()
+    for path in sorted(file for file in model.iterdir() if file.suffix in (".safetensors", ".json", ".txt")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"model": digest.hexdigest(), "limit": command.limit}
+
+
+def _write_tasks(command: EvaluateCommand, folder: TaskFolder) -> set[str]:
+    """Write the tasks that are made from local files, and return their names."""
+    local = {name for name in command.names if name in _GROUPS[_BOOKS]}
+    if local and command.books is None:
+        raise InputError(f"{min(local)} is made from held-out books; give their file or folder with --books")
+    if command.books is not None and local:
+        books = list(book_tasks.held_out_books(command.books))
+        makers = {LAST_WORD: book_tasks.last_words, CONTINUATION: book_tasks.continuations}
+        for name in sorted(local):
+            folder.add_book_task(name, makers[name](books, command.num_passages))
+    if command.data is not None:
+        for name in [name for name in command.names if name in BY_NAME]:
+            folder.add_suite_task(BY_NAME[name], command.data / name, num_shots=max(command.shots))
+            local.add(name)
+    return local
+
+
+def _evaluate(
+    command: EvaluateCommand, model: Path, results: Results, folders: Sequence[Path], output: Path
+) -> Results:
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if command.device == "auto" else command.device
+    answers = output / f"answers-{results.values['model'][:12]}"
+    evaluate = harness.Harness(model, answers, device=device, batch_size=command.batch_size)
+    try:
+        for num_shots in sorted(set(command.shots)):
+            names = command.names if num_shots == 0 else [n for n in command.names if n not in _GROUPS[_BOOKS]]
+            if names:
+                print(f"{num_shots}-shot: {', '.join(names)}", flush=True)
+                results.add(num_shots, evaluate(names, folders, num_shots=num_shots, limit=command.limit))
+    except KeyboardInterrupt:
+        print("\nThe same command again continues.", file=sys.stderr)
+        raise
+    finally:
+        evaluate.close()
+    return results
