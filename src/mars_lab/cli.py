@@ -18,6 +18,8 @@ from mars_lab.drill.table import Drill, Row, table
 from mars_lab.errors import InputError, TrainingError, reported
 from mars_lab.prepare import command as prepare
 from mars_lab.recipes.registry import DEFAULT, RECIPES
+from mars_lab.report import command as report
+from mars_lab.report import tables
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.tasks.language import continue_text
 from mars_lab.training import launch, run_folder
@@ -33,6 +35,7 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   train ... --nproc N                  the same with N processes on this machine
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
+  report RUNS... [--out FOLDER]        runs side by side: a page for the browser, figures, a table
   prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
   recipes                              list the recipes
   drill                                break a training in every known way, and see it recover
@@ -122,6 +125,14 @@ def _compare(args: list[str]) -> None:
     print(f"{table}\nIn {command.runs / command.name}: compare.md, compare.json, compare.png, and every run.")
 
 
+def _report(args: list[str]) -> None:
+    command = tyro.cli(report.ReportCommand, args=args, prog="mars report")
+    found = report.run(command)
+    if found.results:
+        print(tables.results(found).markdown())
+    print("".join(f"{note}\n" for note in found.notes) + f"Open {command.out / report.PAGE} in a browser.")
+
+
 def _drill(args: list[str]) -> None:
     command = tyro.cli(DrillCommand, args=args, prog="mars drill")
     if unknown := set(command.faults) - set(FAULTS):
@@ -168,6 +179,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": _export,
     "import": _import,
     "compare": _compare,
+    "report": _report,
     "prepare": _prepare,
     "recipes": _recipes,
     "drill": _drill,
