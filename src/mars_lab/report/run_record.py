@@ -99,7 +99,7 @@ def read(path: Path, name: str) -> RunRecord:
         name,
         config,
         _json(path / "summary.json") if (path / "summary.json").exists() else None,
-        is_tuning=TUNING_FOLDER in path.resolve().parts,
+        is_tuning=path.resolve().parent.name == TUNING_FOLDER,
         curves=curves,
         tokens_per_second=median(speeds) if speeds else None,
         memory_mib=max(memory, default=None),
