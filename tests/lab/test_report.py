@@ -228,6 +228,14 @@ def test_sensitivity_is_of_the_tuning_and_the_best_of_the_rest(tmp_path: Path) -
     assert len(edge) == 2
 
 
+def test_sensitivity_compares_equal_seeds(tmp_path: Path) -> None:
+    """As after `mars compare`: the best rate of the first seed has further ones, with which no other was tried."""
+    for lr, seed, loss in ((0.1, 0, 2.0), (0.1, 1, 9.0), (0.2, 0, 3.0)):
+        finished_run(tmp_path / f"{lr}-{seed}", config(lr=lr, seed=seed), [9.0, loss])
+    (by_lr,) = found(tmp_path).sensitivities
+    assert by_lr.lines == {"adamw": [Point(0.1, 2.0, 2.0, 2.0), Point(0.2, 3.0, 3.0, 3.0)]}
+
+
 def test_accuracies_are_shown_where_there_are_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = finished_run(tmp_path / "runs" / "a", config(), [4.0, 3.0])
     rows = [

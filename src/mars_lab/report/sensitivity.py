@@ -3,7 +3,9 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+from mars_lab.report.run_record import RunRecord
 from mars_lab.report.settings import Setting, differing
 
 _PRINCIPAL = ("optimizer.lr", "optimizer.gamma")
@@ -31,8 +33,9 @@ class Sensitivity:
 def sensitivities(settings: Sequence[Setting]) -> list[Sensitivity]:
     """One for the learning rate, gamma and every other number of the optimizer that was tried at several values.
 
-    Tuning runs are preferred: the others exist only where the tuning was best. Where further hyperparameters differ,
-    a point is the best over them.
+    Tuning runs are preferred: the others exist only where the tuning was best. For the same reason only those seeds
+    count that every value was tried with, where there are such. Where further hyperparameters differ, a point is the
+    best over them.
     """
     families: dict[str, list[Setting]] = defaultdict(list)
     for setting in settings:
@@ -60,12 +63,18 @@ def _comparable(family: Sequence[Setting]) -> list[Setting]:
 
 
 def _point(key: str, x: float, members: Sequence[Setting]) -> Point:
-    reached: list[tuple[float, list[float]]] = [
-        (setting.mean, setting.finals)
+    shared = set.intersection(*({run.seed for run in setting.runs} for setting in members))
+    reached = [
+        finals
         for setting in members
-        if setting.options.get(key) == x and setting.mean is not None
+        if setting.options.get(key) == x
+        and (finals := [loss for run in setting.runs if _counts(run, shared) and (loss := run.final_loss) is not None])
     ]
     if not reached:
         return Point(x, None, None, None)
-    mean, finals = min(reached, key=lambda pair: pair[0])
-    return Point(x, mean, min(finals), max(finals))
+    finals = min(reached, key=fmean)
+    return Point(x, fmean(finals), min(finals), max(finals))
+
+
+def _counts(run: RunRecord, shared: set[int]) -> bool:
+    return not shared or run.seed in shared
