@@ -17,8 +17,15 @@ from mars_lab.errors import InputError, TrainingError, reported
 from mars_lab.evaluation import command as evaluation
 from mars_lab.prepare import command as prepare
 from mars_lab.recipes import command as recipes
-from mars_lab.recipes import sotu
+from mars_lab.recipes import registry
+from mars_lab.recipes.registry import DEFAULT
+from mars_lab.report import command as report
+from mars_lab.report import tables
+from mars_lab.report.findings import Findings
+from mars_lab.sweep import plan as sweep_plan
 from mars_lab.sweep.compare import CompareConfig, compare
+from mars_lab.sweep.plan import SweepConfig
+from mars_lab.sweep.sweep import sweep
 from mars_lab.tasks.language import continue_text
 from mars_lab.training import launch, run_folder
 from mars_lab.training.allocator import keep_freed_memory
@@ -32,6 +39,8 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   train ... --nproc N                  the same with N processes on this machine
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
+  sweep [RECIPE] [--FIELD VALUE ...]   tune several optimizers with equal budgets, then run each with several seeds
+  report RUNS... [--out FOLDER]        runs side by side: a page for the browser, figures, a table
   prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
   evaluate [RUN] --tasks TASKS         the nine tasks of the papers, or questions from held-out books
   recipes [PATTERN]                    list the recipes
@@ -72,6 +81,22 @@ class CompareCommand:
 
 
 @dataclass(frozen=True)
+class SweepCommand:
+    """Tune several optimizers with equal budgets, then run each at its best with several seeds, and report.
+
+    The same command again continues it. A recipe's name before the flags gives task and training.
+    """
+
+    config: Annotated[SweepConfig, tyro.conf.arg(name="")] = field(default_factory=SweepConfig)
+    workers: int = 1
+    """Processes that train at the same time."""
+    name: str = "sweep"
+    """Name of the folder that gets the runs and the report."""
+    runs: Path = Path("runs")
+    """Folder of the runs."""
+
+
+@dataclass(frozen=True)
 class DrillCommand:
     """Inject faults into tiny trainings on two processes and print a row for each."""
 
@@ -86,15 +111,43 @@ def _sample(args: list[str]) -> None:
     print(continue_text(task, model, command.prompt, command.num_tokens, **options))
 
 
+def _sweep(args: list[str]) -> None:
+    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT
+    base = registry.find(name).config
+    command = tyro.cli(SweepCommand, args=args, default=SweepCommand(SweepConfig(base)), prog="mars sweep")
+    if command.config.base.optimizer != base.optimizer:
+        raise InputError("a sweep takes its optimizers from recipes; say what to try with --num-lrs and --space")
+    plan = sweep_plan.make(command.config, registry.optimizers_beside(name), command.runs / command.name)
+    print(
+        f"{plan.num_trials} trials and {plan.config.seeds} seeds of {len(plan.optimizers)} optimizers in {plan.folder}"
+    )
+    try:
+        found = sweep(plan, command.workers)
+    except Interrupted as interrupted:
+        print(f"\n{str(interrupted).capitalize()}. The same command again continues.", file=sys.stderr)
+        sys.exit(interrupted.exit_code)
+    _show(found, plan.folder)
+
+
 def _compare(args: list[str]) -> None:
     command = tyro.cli(CompareCommand, args=args, prog="mars compare")
-    bases = {name: recipe.config.optimizer for name, recipe in sotu.recipes().items()}
     try:
-        table = compare(command.config, bases, command.runs / command.name)
+        table = compare(command.config, registry.optimizers_beside(DEFAULT), command.runs / command.name)
     except Interrupted as interrupted:
         print(f"\n{str(interrupted).capitalize()}. The same command again continues.", file=sys.stderr)
         sys.exit(interrupted.exit_code)
     print(f"{table}\nIn {command.runs / command.name}: compare.md, compare.json, compare.png, and every run.")
+
+
+def _report(args: list[str]) -> None:
+    command = tyro.cli(report.ReportCommand, args=args, prog="mars report")
+    _show(report.run(command), command.out)
+
+
+def _show(found: Findings, folder: Path) -> None:
+    if found.results:
+        print(tables.results(found).markdown())
+    print("".join(f"{note}\n" for note in found.notes) + f"Open {folder / report.PAGE} in a browser.")
 
 
 def _drill(args: list[str]) -> None:
@@ -131,6 +184,8 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "import": exchange.import_,
     "evaluate": evaluation.main,
     "compare": _compare,
+    "sweep": _sweep,
+    "report": _report,
     "prepare": _prepare,
     "recipes": recipes.main,
     "drill": _drill,

@@ -8,7 +8,7 @@ import pytest
 from mars_lab.cli import main
 from mars_lab.errors import InputError
 from mars_lab.recipes import cifar, gpt2, sotu
-from mars_lab.recipes.registry import DEFAULT, RECIPES, find
+from mars_lab.recipes.registry import DEFAULT, RECIPES, find, optimizers_beside
 from mars_lab.recipes.scales import SCALES
 from mars_lab.tasks.vision import VisionConfig
 from mars_lab.training.config import RunConfig, from_dict
@@ -85,7 +85,7 @@ def test_the_rule_of_the_scales() -> None:
     assert small.optimizer == dataclasses.replace(published.optimizer, lr=6 * 6e-3, lr_1d=6 * 3e-3)
     model = small.language.model
     assert (model.num_layers, model.num_heads, model.width, model.context_length) == (4, 2, 128, 128)
-    assert small.train.num_steps == 200
+    assert small.train.num_steps == 125
     assert find("gpu-hour/gpt2-small-owt-mars-adamw").config.optimizer == published.optimizer
     vision = find("cpu/cifar10-resnet18-adamw").config
     assert isinstance(vision.task, VisionConfig)
@@ -110,7 +110,7 @@ def test_gamma_moves_with_the_steps() -> None:
 
     stepper = build(GPT2(config.language.model), config.optimizer, config.train)
     gamma = stepper.parts[0].param_groups[0]["gamma"]
-    assert [gamma(step) for step in (0, 100, 200)] == pytest.approx([0.1, 0.05, 0.0])
+    assert [gamma(step) for step in (0, 50, 125)] == pytest.approx([0.1, 0.06, 0.0])
 
 
 def test_recipes_are_listed_counted_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,3 +146,13 @@ def test_a_pattern_that_fits_nothing(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["recipes", "llama-*"])
     assert "no recipe fits 'llama-*'" in capsys.readouterr().err
+
+
+def test_the_optimizers_beside_a_recipe() -> None:
+    beside = optimizers_beside("cpu/gpt2-small-owt-mars-m")
+    nine = {"adamw", "muon", "moonlight", "lion", "shampoo", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m"}
+    assert nine <= beside.keys()
+    assert beside["adamw"].lr == pytest.approx(6 * 6e-4)
+    assert not [name for name in beside if name.endswith(("-5b", "-20b"))]
+    assert optimizers_beside("adamw").keys() == sotu.recipes().keys()
+    assert {*cifar.OPTIMIZERS} <= optimizers_beside("cifar100-cnn-lion").keys()

@@ -78,16 +78,12 @@ def _overview() -> None:
     small = sotu.recipes()
     _print(small)
     print("\nPublished runs: 'mars recipes PATTERN' lists them, 'mars recipes show NAME' says all about one.")
-    for family, names in groupby((name for name in RECIPES if name not in small), key=_family):
+    for family, names in groupby((name for name in RECIPES if name not in small), key=registry.family):
         members = list(names)
         print(f"  {family + '-*':18} {len(members):3}   {members[0]}, ...")
     print(f"\nEach also smaller, as {', '.join(f'{scale}/NAME' for scale in SCALES)}:")
     for scale, about in SCALES.items():
         print(f"  {scale:18} {about.hardware}")
-
-
-def _family(name: str) -> str:
-    return "-".join(name.split("-")[: 3 if name.startswith("gpt2") else 2])
 
 
 def _print(recipes: Mapping[str, Recipe]) -> None:

@@ -8,6 +8,7 @@ from mars_lab.errors import InputError
 from mars_lab.recipes import cifar, gpt2, sotu
 from mars_lab.recipes.recipe import Recipe
 from mars_lab.recipes.scales import SCALES, scaled
+from mars_lab.training.config import OptimizerConfig
 
 DEFAULT = "mars-m"
 
@@ -39,3 +40,25 @@ def find(name: str) -> Recipe:
         published_accuracy=None,
         hardware=SCALES[scale].hardware,
     )
+
+
+def optimizers_beside(name: str) -> dict[str, OptimizerConfig]:
+    """The optimizers of the recipe called `name` and of those that differ from it in the optimizer, by their names.
+
+    Beside `cpu/gpt2-small-owt-mars-m` these are `adamw`, `muon`, ..., at the scale's rates.
+    """
+    find(name)  # raises if there is none
+    scale, slash, base = name.rpartition("/")
+    prefix = "" if base in sotu.recipes() else f"{family(base)}-"
+    beside = sotu.recipes() if not prefix else [other for other in RECIPES if other.startswith(prefix)]
+    found: dict[str, OptimizerConfig] = {}
+    for other in beside:
+        optimizer = find(f"{scale}{slash}{other}").config.optimizer
+        if optimizer not in found.values():  # a recipe of fewer tokens has the same
+            found[other.removeprefix(prefix)] = optimizer
+    return found
+
+
+def family(name: str) -> str:
+    """What a published recipe trains: its name up to the optimizer."""
+    return "-".join(name.split("-")[: 3 if name.startswith("gpt2") else 2])

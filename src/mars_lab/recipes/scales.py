@@ -42,13 +42,13 @@ _BOOKS = DataConfig(tokens="data/books")  # as `mars prepare books PATH` leaves 
 _FEW_BOOKS = DataConfig(corpus="data/text/books", max_characters=20_000_000)
 
 SCALES: Mapping[str, Scale] = {
-    # GPT-2 small becomes 1.3M parameters, 0.8M tokens.
+    # GPT-2 small becomes 1.3M parameters, 0.5M tokens.
     "cpu": Scale(
         "2 CPU cores, minutes",
         3,
         6,
         8,
-        500,
+        800,
         32,
         _FEW_BOOKS,
         4096,

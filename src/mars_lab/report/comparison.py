@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from mars_lab.report.rows import read_rows
-from mars_lab.report.style import PALETTE, TOKENS, new_figure, save
-
-_MARKERS = "osD^vPX"
+from mars_lab.report.style import TOKENS, label_ends, line_style, new_figure, save
 
 
 def aggregate(runs: Path) -> list[dict[str, Any]]:
@@ -95,11 +92,12 @@ def draw(runs: Path, stem: Path) -> None:
     entries = [entry for entry in aggregate(runs) if entry["val_loss"] is not None]
     figure = new_figure(11.0, 5.4)
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
-    names = sorted({_family(entry) for entry in entries})
+    names = [entry["optimizer"] for entry in entries]
     ends: list[tuple[str, str, float, float, float]] = []
     ceiling = 0.0
     for entry in entries:
-        color, style = _style(names.index(_family(entry)), exact=entry["optimizer"] != _family(entry))
+        style = line_style(names, entry["optimizer"])
+        color = style["color"]
         curves = np.array([_validation(runs.parent / folder / "metrics.jsonl") for folder in entry["folders"]])
         tokens, seconds, loss = curves.mean(axis=0)
         lowest, highest = curves[:, 2].min(axis=0), curves[:, 2].max(axis=0)
@@ -117,55 +115,12 @@ def draw(runs: Path, stem: Path) -> None:
     by_time.set_xlabel("time in training steps, seconds")
     by_tokens.set_title("Loss against tokens", loc="left")
     by_time.set_title("Loss against wall-clock", loc="left")
-    _label_ends(by_tokens, [(name, color, tokens, loss) for name, color, tokens, _, loss in ends])
-    _label_ends(by_time, [(name, color, seconds, loss) for name, color, _, seconds, loss in ends])
+    label_ends(by_tokens, [(name, color, tokens, loss) for name, color, tokens, _, loss in ends])
+    label_ends(by_time, [(name, color, seconds, loss) for name, color, _, seconds, loss in ends])
     save(figure, stem)
-
-
-def _family(entry: dict[str, Any]) -> str:
-    return entry["optimizer"].removesuffix("-exact")
-
-
-def _style(index: int, *, exact: bool) -> tuple[str, dict[str, Any]]:
-    color = PALETTE[index % len(PALETTE)]
-    return color, {
-        "color": color,
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "markerfacecolor": "white" if exact else color,
-        "linestyle": "--" if exact else "-",
-        "markersize": 4.5,
-        "linewidth": 1.6,
-    }
 
 
 def _validation(metrics: Path) -> list[list[float]]:
     """Tokens, seconds and validation loss at each evaluation."""
     rows = [row for row in read_rows(metrics) if "val_loss" in row]
     return [[row[key] for row in rows] for key in ("tokens", "seconds", "val_loss")]
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> None:
-    """Name each curve at the right edge, highest first, moved apart where names would touch."""
-    low, high = axes.get_ylim()
-    gap = 0.045 * (high - low)
-    ordered = sorted(ends, key=lambda end: -end[3])
-    heights = [end[3] for end in ordered]
-    for _ in range(100):
-        for i in range(len(heights) - 1):
-            if (overlap := gap - (heights[i] - heights[i + 1])) > 0:
-                heights[i] += overlap / 2
-                heights[i + 1] -= overlap / 2
-    right = max(end[2] for end in ends) * 1.04
-    for (name, color, x, y), height in zip(ordered, heights, strict=True):
-        axes.plot([x, right], [y, height], color=color, linewidth=0.6, linestyle=":")
-        axes.annotate(
-            name,
-            (right, height),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=9,
-            annotation_clip=False,
-        )
-    axes.set_xlim(0, right)

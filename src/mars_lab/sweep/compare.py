@@ -18,13 +18,13 @@ import tyro
 
 from mars_lab.errors import InputError, TrainingError
 from mars_lab.report import comparison
+from mars_lab.sweep.space import EXACT, at, named_optimizer, rates
 from mars_lab.tasks.language import LanguageConfig
 from mars_lab.training import launch, run_folder
 from mars_lab.training.config import OptimizerConfig, RunConfig, TrainConfig
 from mars_lab.training.progress import clock
 from mars_lab.training.run_folder import RunFolder
 
-_EXACT = "-exact"
 _ALL = ("adamw", "muon", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m")
 
 
@@ -36,7 +36,7 @@ class CompareConfig:
         default_factory=lambda: LanguageConfig(sample_tokens=0)
     )
     train: TrainConfig = field(default_factory=lambda: TrainConfig(num_steps=100, eval_every=20, num_checkpoints=1))
-    optimizers: tuple[str, ...] = (*_ALL, *(name + _EXACT for name in _ALL if name.startswith("mars-")))
+    optimizers: tuple[str, ...] = (*_ALL, *(name + EXACT for name in _ALL if name.startswith("mars-")))
     """Recipe names; with -exact at the end for exact mode."""
     num_lrs: int = 3
     """Learning rates tried for each, centred on the recipe's; lr_1d keeps its ratio to lr."""
@@ -68,10 +68,10 @@ def compare(config: CompareConfig, bases: Mapping[str, OptimizerConfig], folder:
         InputError: an optimizer that isn't in `bases`, or a folder that holds runs of another plan.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    optimizers = {name: _optimizer(name, bases) for name in config.optimizers}
+    optimizers = {name: named_optimizer(name, bases) for name in config.optimizers}
     runner = _Runner(config, optimizers, folder)
     for name, optimizer in optimizers.items():
-        tried = [runner.run(name, lr, config.seeds[0]) for lr in _grid(optimizer.lr, config)]
+        tried = [runner.run(name, lr, config.seeds[0]) for lr in rates(optimizer.lr, config.num_lrs, config.lr_factor)]
         best = min(tried, key=lambda row: math.inf if row["val_loss"] is None else row["val_loss"])
         for seed in config.seeds[1:]:
             runner.run(name, best["lr"], seed)
@@ -83,21 +83,6 @@ def compare(config: CompareConfig, bases: Mapping[str, OptimizerConfig], folder:
     results.write("compare.md", table)
     comparison.draw(folder / "runs.jsonl", folder / "compare")
     return table
-
-
-def _optimizer(name: str, bases: Mapping[str, OptimizerConfig]) -> OptimizerConfig:
-    base = name.removesuffix(_EXACT)
-    if base not in bases:
-        raise InputError(
-            f"no optimizer {name!r} to compare; known: {', '.join(bases)}, the MARS types also with {_EXACT}"
-        )
-    return dataclasses.replace(bases[base], mode="exact") if name.endswith(_EXACT) else bases[base]
-
-
-def _grid(centre: float, config: CompareConfig) -> list[float]:
-    """`num_lrs` rates in rising order with `centre` in the middle (of an even number, just above it)."""
-    powers = range(-(config.num_lrs // 2), config.num_lrs - config.num_lrs // 2)
-    return [float(f"{centre * config.lr_factor**power:.4g}") for power in powers]
 
 
 class _Runner:
@@ -113,8 +98,7 @@ class _Runner:
     def run(self, name: str, lr: float, seed: int) -> dict[str, Any]:
         """The result of one run as a row, from its folder if it's finished, otherwise by running it."""
         optimizer = self._optimizers[name]
-        lr_1d = None if optimizer.lr_1d is None else optimizer.lr_1d * lr / optimizer.lr
-        optimizer = dataclasses.replace(optimizer, lr=lr, lr_1d=lr_1d)
+        optimizer = at(optimizer, {"lr": lr})
         train = dataclasses.replace(self._train, seed=seed)
         run_name = f"{name}-lr{lr:g}-seed{seed}"
         folder = self._open(run_name, RunConfig(self._config.task, optimizer, train))
