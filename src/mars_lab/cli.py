@@ -106,7 +106,8 @@ class DrillCommand:
 
 def _sample(args: list[str]) -> None:
     command = tyro.cli(SampleCommand, args=args, prog="mars sample")
-    task, model = launch.load_model(run_folder.find(command.runs, command.run))
+    run = run_folder.find(command.runs, command.run)
+    task, model = launch.load_model(run, launch.newest_checkpoint(run))
     options = {name: getattr(command, name) for name in ("temperature", "top_k", "seed")}
     print(continue_text(task, model, command.prompt, command.num_tokens, **options))
 

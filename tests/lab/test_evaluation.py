@@ -234,6 +234,19 @@ def test_killed_it_continues_where_it_was(
     assert len(calls) == num_calls - 3 > 0
 
 
+def test_interrupted_it_says_how_to_continue(
+    folder: Path, books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HFLM, "_model_call", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        evaluated(folder, "--tasks", "last_word", "--books", books, output=tmp_path)
+    assert stopped.value.code == 130
+    assert "The same command again continues." in capsys.readouterr().err
+
+
 def test_what_is_missing_is_named(
     folder: Path, official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

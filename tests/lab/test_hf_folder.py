@@ -123,13 +123,18 @@ def test_gpt2s_tokenizer_goes_along_with_a_padded_vocabulary(tmp_path: Path) -> 
     assert (tmp_path / "hf" / "merges.txt").read_text().splitlines()[1:4] == ["Ġ t", "Ġ a", "h e"]
 
 
+def model_of(path: Path) -> GPT2:
+    run = RunFolder(path)
+    return launch.load_model(run, launch.newest_checkpoint(run))[1]
+
+
 def test_a_run_is_exported_and_imported_as_a_new_run_that_trains(
     tmp_path: Path, tiny: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs, hf = ("--runs", str(tmp_path)), str(tmp_path / "hf")
     main(["train", *flags(tiny), "--name", "first", *runs])
     main(["export", hf, "first", "--to", "hf", *runs])
-    _, model = launch.load_model(RunFolder(tmp_path / "first"))
+    model = model_of(tmp_path / "first")
     tokens = torch.randint(0, 300, (2, 16))
     torch.testing.assert_close(theirs(tmp_path / "hf")(tokens).logits, model.eval()(tokens), rtol=1e-5, atol=1e-5)
 
@@ -137,8 +142,7 @@ def test_a_run_is_exported_and_imported_as_a_new_run_that_trains(
     data += ["--data.cache", tiny.language.data.cache]
     short = ["--train.num-steps", "2", "--train.batch-size", "2", "--eval-sequences", "8", "--train.precision", "fp32"]
     main(["import", hf, "second", *data, *short, *runs])
-    _, imported = launch.load_model(RunFolder(tmp_path / "second"))
-    assert_identical(dict(imported.state_dict()), dict(model.state_dict()))
+    assert_identical(dict(model_of(tmp_path / "second").state_dict()), dict(model.state_dict()))
     assert RunFolder(tmp_path / "second").config().task.model == tiny.language.model  # dropout, too
 
     main(["train", "--resume", "second", *runs])
@@ -156,6 +160,11 @@ def test_a_run_is_exported_and_imported_as_a_new_run_that_trains(
         load_file(tmp_path / "hf10" / "model.safetensors")["transformer.wte.weight"], model.transformer.wte.weight
     )
     assert "second begins with the weights of" in capsys.readouterr().out
+
+    (checkpoint / "values.pt").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "damaged"), str(checkpoint), "--to", "hf", *runs])
+    assert "step-00000010 is damaged (the SHA-256 of values.pt" in capsys.readouterr().err
 
 
 def test_another_vocabulary_than_the_datas_is_refused(

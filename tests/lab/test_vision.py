@@ -256,7 +256,7 @@ def test_what_classifiers_cannot_do(tmp_path: Path, tiny_vision: RunConfig) -> N
     with pytest.raises(InputError, match="use --parallel ddp"):
         task.layers(task.build_model())
     with pytest.raises(InputError, match="needs a language model, but the run's model is resnet18"):
-        launch.load_model(folder)
+        launch.load_model(folder, folder.checkpoints / "step-00000000")
     with pytest.raises(InputError, match=r"model\.dropout is for model\.name=cnn"):
         ImageModelConfig("resnet18", dropout=0.1)
 

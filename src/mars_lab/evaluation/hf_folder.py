@@ -56,6 +56,7 @@ def write(path: Path, model: GPT2, tokenizer: Tokenizer) -> None:
     Raises:
         InputError: there is something at `path`.
     """
+    path = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} is there already; give another folder, or delete it first")
     partial = path.with_name(f".{path.name}.partial")

@@ -7,9 +7,8 @@ from mars_lab.data.tokenizer import Tokenizer
 from mars_lab.errors import InputError
 from mars_lab.evaluation import hf_folder
 from mars_lab.models.gpt2 import GPT2
-from mars_lab.ranks import Ranks
 from mars_lab.training import launch, run_folder
-from mars_lab.training.checkpoint import loader
+from mars_lab.training.checkpoint import folder as folders
 from mars_lab.training.run_folder import RunFolder
 
 
@@ -36,12 +35,11 @@ def load(runs: Path, name: str | None) -> Trained:
     if name is not None and _is_checkpoint(Path(name)):
         checkpoint = Path(name).resolve()
         run = RunFolder(checkpoint.parent.parent)
+        if (problem := folders.problem(checkpoint)) is not None:
+            raise InputError(f"the checkpoint {checkpoint} is damaged ({problem}); give another, or the run {run.path}")
     else:
         run = run_folder.find(runs, name)
-        newest = loader.newest_good(run.checkpoints, Ranks())
-        if newest is None:
-            raise InputError(f"{run.path} has no checkpoint yet; continue it with `mars train --resume {run.path}`")
-        checkpoint = newest
+        checkpoint = launch.newest_checkpoint(run)
     task, model = launch.load_model(run, checkpoint)
     return Trained(model, task.data.tokenizer, run, checkpoint)
 

@@ -17,8 +17,7 @@ from mars_lab.tasks.language import LanguageConfig, LanguageTask
 from mars_lab.tasks.task import Task
 from mars_lab.tasks.vision import VisionTask
 from mars_lab.training import run_folder
-from mars_lab.training.checkpoint import folder as folders
-from mars_lab.training.checkpoint import plain
+from mars_lab.training.checkpoint import loader, plain
 from mars_lab.training.checkpoint.saver import Saver
 from mars_lab.training.config import RunConfig
 from mars_lab.training.interruption import Interruption
@@ -104,20 +103,27 @@ def start_from(model: GPT2, config: RunConfig, runs: Path, name: str, *, numbere
     return folder
 
 
-def load_model(folder: RunFolder, checkpoint: Path | None = None) -> tuple[LanguageTask, GPT2]:
-    """The task of a run and the model of a checkpoint, by default the newest, on the CPU.
+def newest_checkpoint(folder: RunFolder) -> Path:
+    """The newest undamaged checkpoint of a run.
 
     Raises:
-        InputError: the run's model writes no text, or there is no checkpoint yet, or none is readable.
+        InputError: there is none yet, or all are damaged.
+    """
+    path = loader.newest_good(folder.checkpoints, Ranks())
+    if path is None:
+        raise InputError(f"{folder.path} has no checkpoint yet; continue it with `mars train --resume {folder.path}`")
+    return path
+
+
+def load_model(folder: RunFolder, checkpoint: Path) -> tuple[LanguageTask, GPT2]:
+    """The task of a run and the model of one of its checkpoints, which must be undamaged, on the CPU.
+
+    Raises:
+        InputError: the run's model writes no text.
     """
     config = folder.config()
-    language = config.language
-    if checkpoint is not None and (problem := folders.problem(checkpoint)) is not None:
-        raise InputError(f"the checkpoint {checkpoint} is damaged ({problem}); give another, or the run {folder.path}")
-    state = plain.read_newest(folder.checkpoints) if checkpoint is None else plain.read(checkpoint)
-    if state is None:
-        raise InputError(f"{folder.path} has no checkpoint yet; continue it with `mars train --resume {folder.path}`")
-    task = LanguageTask(language, config.train.seed)
+    task = LanguageTask(config.language, config.train.seed)
+    state = plain.read(checkpoint)
     with torch.random.fork_rng(devices=[]):
         model = task.build_model()
     model.load_state_dict(state["model"])
