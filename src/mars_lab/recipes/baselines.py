@@ -21,7 +21,7 @@ def muon(lr: float, lr_1d: float) -> OptimizerConfig:
 
 def moonlight(lr: float, lr_1d: float, weight_decay: float) -> OptimizerConfig:
     """torch.optim.Muon with Moonlight's scale, 0.2 sqrt(max(rows, cols)), and decay (Liu et al., 2025)."""
-    return OptimizerConfig("muon", lr=lr, lr_1d=lr_1d, weight_decay=weight_decay)
+    return OptimizerConfig("muon", lr=lr, lr_1d=lr_1d, weight_decay=weight_decay, label="moonlight")
 
 
 def muon_of_convolutions(lr: float, lr_1d: float, weight_decay: float) -> OptimizerConfig:
@@ -35,6 +35,7 @@ def muon_of_convolutions(lr: float, lr_1d: float, weight_decay: float) -> Optimi
         lr=lr,
         lr_1d=lr_1d,
         betas=(mu, 0.99),
+        label="muon",
         gamma=1 - mu,
         first_step="zero",
         clip_norm=None,
@@ -50,6 +51,7 @@ def lion(lr: float, lr_1d: float, weight_decay: float) -> OptimizerConfig:
         lr=lr,
         lr_1d=lr_1d,
         betas=(b2, 0.99),
+        label="lion",
         gamma=(b2 - b1) / b2,
         first_step="zero",
         clip_norm=None,
@@ -63,4 +65,6 @@ def shampoo(lr: float, lr_1d: float, weight_decay: float) -> OptimizerConfig:
     That a Shampoo step without accumulated preconditioners is the polar factor: Bernstein and Newhouse, 2024. The
     papers' Shampoo accumulates them; no reproduction of its row should be expected of this.
     """
-    return OptimizerConfig("mars-shampoo", lr=lr, lr_1d=lr_1d, gamma=0.0, clip_norm=None, weight_decay=weight_decay)
+    return OptimizerConfig(
+        "mars-shampoo", lr=lr, lr_1d=lr_1d, label="shampoo", gamma=0.0, clip_norm=None, weight_decay=weight_decay
+    )

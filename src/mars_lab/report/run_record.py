@@ -40,7 +40,7 @@ class RunRecord:
     def optimizer(self) -> str:
         """As `mars compare` calls it."""
         options = self.config["optimizer"]
-        return options["name"] + ("-exact" if options.get("mode") == "exact" else "")
+        return options.get("label") or options["name"] + ("-exact" if options.get("mode") == "exact" else "")
 
     @property
     def seed(self) -> int:

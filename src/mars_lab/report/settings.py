@@ -9,7 +9,7 @@ from typing import Any
 from mars_lab.report.run_record import RunRecord
 
 _SEED = "train.seed"
-_OPTIMIZER = ("optimizer.name", "optimizer.mode")
+_OPTIMIZER = ("optimizer.name", "optimizer.mode", "optimizer.label")
 _NEVER_NAMED = (
     "train.device",
     "train.num_checkpoints",

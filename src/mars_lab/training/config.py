@@ -56,6 +56,8 @@ class OptimizerConfig:
     param_rounding: Literal["nearest", "stochastic", "kahan", "remainder8", "remainder16"] = "remainder16"
     """MARS: how bf16 weights (train.precision=bf16-params) are rounded, and what is kept of the rest."""
 
+    label: str = ""
+    """What tables and figures call it; by default its name, with -exact in exact mode."""
     shard_state: bool = False
     """MARS on several processes with train.parallel=ddp: each keeps the state of a share of the weights (ZeRO 1)."""
 
