@@ -256,7 +256,7 @@ def test_published_figures_are_for_the_same_model_data_and_budget() -> None:
     steps_100k = 480 * 1024 * 100_000
     paper = published(values, "adamw", steps_100k)
     assert paper is not None
-    assert (paper.loss, paper.where) == (2.885, "MARS paper: GPT-2 small, OpenWebText, 50B tokens")
+    assert (paper.loss, paper.where) == (2.885, "MARS paper: gpt2-small-owt-adamw, 50B tokens")
     exact = published(values, "mars-adamw-exact", steps_100k)
     assert exact is not None
     assert exact.loss == 2.847
@@ -268,6 +268,11 @@ def test_published_figures_are_for_the_same_model_data_and_budget() -> None:
     read_off = published(values, "mars-m", steps_100k)
     assert read_off is not None
     assert (read_off.loss, read_off.where[:28]) == (2.850, "MARS-M paper, read off a plo")
+    images = {"optimizer": {}, "task": {"model": {"name": "resnet18", "width": 64}, "data": {"dataset": "cifar100"}}}
+    of_cifar = published(images, "mars-lion-exact", 200 * 50_000)
+    assert of_cifar is not None
+    assert (of_cifar.loss, of_cifar.accuracy) == (0.991, 76.15)
+    assert published(images, "mars-lion-exact", 20 * 50_000) is None
 
 
 def test_many_rows_are_read_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Literal
 
 from mars_lab.models.images import ImageModelConfig
-from mars_lab.recipes import baselines, published
+from mars_lab.recipes import baselines
 from mars_lab.recipes.recipe import Recipe
+from mars_lab.report import published
 from mars_lab.tasks.vision import ImageDataConfig, VisionConfig
 from mars_lab.training.config import OptimizerConfig, RunConfig, TrainConfig
 

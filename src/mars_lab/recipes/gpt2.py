@@ -11,8 +11,9 @@ from typing import Literal
 
 from mars_lab.data.tokens import DataConfig
 from mars_lab.models.gpt2 import GPT2Config
-from mars_lab.recipes import baselines, published
+from mars_lab.recipes import baselines
 from mars_lab.recipes.recipe import Recipe
+from mars_lab.report import published
 from mars_lab.tasks.language import LanguageConfig
 from mars_lab.training.config import OptimizerConfig, RunConfig, TrainConfig
 
