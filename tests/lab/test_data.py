@@ -254,3 +254,14 @@ def test_training_text_can_be_limited_and_validation_text_stays(tmp_path: Path) 
     assert part.fingerprint != whole.fingerprint
     assert len(part.train) < len(whole.train)
     assert part.tokenizer.decode([int(i) for i in part.train[:]]).startswith("a" * 700)
+
+
+def test_the_end_of_text_written_in_a_text_is_text(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", "one <|endoftext|> two", "three")
+    write_lines(tmp_path / "val.jsonl", "four")
+    data = tokens.load(DataConfig(str(tmp_path), tokenizer_size=300, cache=str(tmp_path / "cache")))
+    end = data.tokenizer.end_of_text
+    encoded = [int(token) for token in data.train[:]]
+    assert encoded.count(end) == 2, "one a document"
+    assert data.tokenizer.decode(encoded[: encoded.index(end)]) == "one <|endoftext|> two"
+    assert end not in data.tokenizer.encode("a <|endoftext|> b")

@@ -377,6 +377,23 @@ def test_the_command_ends_with_what_to_do_next(
     assert len(tokens.load(DataConfig(tokens="data/documents")).train) > 1000
 
 
+def test_few_tokens_of_books_have_both_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: tiktoken.Encoding
+) -> None:
+    monkeypatch.setattr(command, "gpt2_encoding", lambda: encoding)
+    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 300)
+    for name, documents in (("train-0", DOCUMENTS[:60]), ("val", DOCUMENTS[60:70]), ("test", DOCUMENTS[70:])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    num_held_out = len(expected(encoding, DOCUMENTS[60:70]))
+    folder = tmp_path / "out"
+    main(["prepare", "books", str(tmp_path), "--output", str(folder), "--max-tokens", str(num_held_out + 500)])
+    assert np.array_equal(part(folder, "val"), expected(encoding, DOCUMENTS[60:70]))
+    train = part(folder, "train")
+    assert 500 <= len(train) < 1500
+    assert np.array_equal(train, expected(encoding, DOCUMENTS[:60])[: len(train)])
+
+
 @pytest.fixture
 def streamed(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` as it is, the Hub's place taken by a local file."""

@@ -113,6 +113,7 @@ def _train_tokenizer(corpus: Corpus, config: TextConfig) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    tokenizer.encode_special_tokens = True  # END_OF_TEXT ends documents; in one it is text
     tokenizer.train_from_iterator(_first_characters(corpus, config), trainer)
     return tokenizer
 

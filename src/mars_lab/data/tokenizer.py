@@ -56,6 +56,7 @@ class TrainedTokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises bare exceptions.
             raise InputError(f"{path} is not a tokenizer of the library `tokenizers` ({error}); restore it") from None
+        tokenizer.encode_special_tokens = True  # as the text that it is
         if (end_of_text := tokenizer.token_to_id(END_OF_TEXT)) is None:
             raise InputError(f"the tokenizer {path} has no token {END_OF_TEXT}, which separates documents; add it")
         return cls(tokenizer, end_of_text)

@@ -89,4 +89,5 @@ def _local_source(command: PrepareCommand, path: Path) -> Source:
             parts.append((file, part))
         elif not file.name.startswith("test"):
             raise InputError(f"{file} begins with neither train, val nor test, so it belongs to no part; use jsonl")
+    parts.sort(key=lambda pair: pair[1] == "train")  # so that --max-tokens leaves some of both parts
     return JsonLines("books", [file for file, _ in parts], parts=[part for _, part in parts])
