@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mars_lab.cli import main
 from mars_lab.data import cifar
 from mars_lab.data.augmentation import AugmentedImages, packed, unpacked
 from mars_lab.data.cifar import LabelledImages
@@ -25,6 +26,7 @@ from mars_lab.training import launch
 from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import OptimizerConfig, RunConfig, TrainConfig
 from mars_lab.training.loop import train
+from mars_lab.training.run_folder import RunFolder
 from mars_optim import param_groups
 
 from .forked import run_ranks
@@ -271,3 +273,25 @@ def test_two_processes_train_one_classifier(tmp_path: Path, tiny_vision: RunConf
     assert first["val_loss"] == second["val_loss"]
     assert first["val_accuracy"] > 0.2
     assert first["tokens"] == 600
+
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no copy of CIFAR-10 in ../shared/data/cifar10")
+def test_the_real_images_from_training_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ["--runs", str(tmp_path / "runs")]
+    few = ["--data.path", str(REAL), "--eval-images", "500", "--eval-train-images", "100", "--train.num-steps", "60"]
+    for optimizer in ("adamw", "mars-m"):
+        main(["train", f"cpu/cifar10-cnn-{optimizer}", *few, "--train.eval-every", "30", *runs])
+    assert "accuracy" in capsys.readouterr().out
+    main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
+    out = capsys.readouterr().out
+    assert "images/s" in out
+    assert "images to adamw's loss" in out
+    summary = RunFolder(tmp_path / "runs" / "cpu-cifar10-cnn-mars-m-001").summary()
+    assert summary is not None
+    assert summary["val_accuracy"] > 0.2, "chance is 0.1"
+    data = cifar.load("cifar10", REAL)
+    assert (len(data.train.labels), len(data.test.labels)) == (50_000, 10_000)
+    assert np.bincount(data.train.labels).tolist() == [5000] * 10

@@ -35,7 +35,8 @@ def _draw_losses(findings: Findings, stem: Path) -> None:
     ends = [float(average["loss"][-1]) for average in averages]
     # The first half, where every loss falls from chance, would flatten the part that differs.
     ceiling = max(float(average["loss"][len(average["loss"]) // 2]) for average in averages)
-    for axes, (key, label) in zip(panels, _AXES.items(), strict=True):
+    labels = {**_AXES, "tokens": f"training {findings.unit}"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
         named: list[tuple[str, str, float, float]] = []
         for result, average, end in zip(findings.results, averages, ends, strict=True):
             style = line_style(findings.optimizers, result.setting.optimizer)

@@ -40,6 +40,12 @@ class Findings:
     notes: list[str]
 
     @property
+    def unit(self) -> str:
+        """What the runs are counted in."""
+        kinds = {"images" if "dataset" in run.config.get("task", {}).get("data", {}) else "tokens" for run in self.runs}
+        return " or ".join(sorted(kinds, reverse=True))
+
+    @property
     def optimizers(self) -> list[str]:
         """All of them, those with results first and in their order: their colours and marks go by it."""
         ranked = [result.setting.optimizer for result in self.results]

@@ -62,6 +62,7 @@ def render(findings: Findings, title: str, made: str, extra: Sequence[tuple[str,
         settings=_html(tables.every_setting(findings)),
         runs=_html(tables.every_run(findings)),
         hidden=_hidden(data),
+        unit=findings.unit,
         baseline=escape(findings.baseline or "the baseline"),
         ratio_hidden="" if findings.baseline and len(findings.results) > 1 else "hidden",
     )
@@ -104,6 +105,7 @@ def _data(findings: Findings, metrics: dict[str, str], num_points: int) -> dict[
             }
         )
     return {
+        "unit": findings.unit,
         "metrics": metrics,
         "runs": runs,
         "sensitivities": [_lines(findings, i) for i in range(len(findings.sensitivities))],

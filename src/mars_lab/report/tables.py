@@ -39,15 +39,16 @@ def results(findings: Findings) -> Table:
         "seeds",
         "validation loss",
         "accuracy",
-        f"tokens to {findings.baseline}'s loss",
+        f"{findings.unit} to {findings.baseline}'s loss",
         f"{CONFIDENCE:.0%} interval",
-        "tokens/s",
+        f"{findings.unit}/s",
         "memory, MiB",
         "published loss",
+        "published accuracy",
         "published where",
     ]
     rows = [_result_row(result, result.setting.optimizer == findings.baseline) for result in findings.results]
-    return Table(headings, rows, numeric=(1, 2, 3, 4, 5, 6, 7, 8)).without_empty_columns()
+    return Table(headings, rows, numeric=tuple(range(1, len(headings) - 1))).without_empty_columns()
 
 
 def _result_row(result: Result, is_baseline: bool) -> list[str]:
@@ -62,6 +63,7 @@ def _result_row(result: Result, is_baseline: bool) -> list[str]:
         "" if result.tokens_per_second is None else f"{result.tokens_per_second:,.0f}",
         "" if result.memory_mib is None else f"{result.memory_mib:,.0f}",
         "" if result.published is None else f"{result.published.loss:g}",
+        "" if result.published is None or result.published.accuracy is None else f"{result.published.accuracy:g}%",
         "" if result.published is None else result.published.where,
     ]
 
@@ -104,9 +106,9 @@ def every_run(findings: Findings) -> Table:
         "seed",
         "validation loss",
         "state",
-        "tokens",
+        findings.unit,
         "seconds in steps",
-        "tokens/s",
+        f"{findings.unit}/s",
         "memory, MiB",
     ]
     return Table(headings, rows, numeric=(2, 3, 5, 6, 7, 8)).without_empty_columns()

@@ -2,7 +2,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const AXES = {
-  tokens: { label: "training tokens", format: (v) => short(v), tell: (v) => `${short(v)} tokens` },
+  tokens: { label: `training ${DATA.unit}`, format: (v) => short(v), tell: (v) => `${short(v)} ${DATA.unit}` },
   steps: { label: "steps", format: (v) => short(v), tell: (v) => `step ${Math.round(v)}` },
   seconds: { label: "wall-clock in training steps", format: clock, tell: clock },
 };
