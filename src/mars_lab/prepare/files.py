@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mars_lab.data.json_lines import text_of
 from mars_lab.errors import InputError
 from mars_lab.prepare.source import Part, Piece
 
@@ -91,7 +91,7 @@ class JsonLines(_Files):
                 start, self._offset = self._offset, stream.tell()
                 if not line.strip():
                     continue
-                text = _text_of(line, f"{path}, line at byte {start}")
+                text = text_of(line, f"{path}, line at byte {start}")
                 if not text.strip():
                     continue
                 part = self._part()
@@ -116,22 +116,6 @@ def _unpacking(path: Path) -> Iterator[None]:
 def _read_line(path: Path, stream: IO[bytes]) -> bytes:
     with _unpacking(path):
         return stream.readline()
-
-
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8; convert the file to UTF-8 first") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise InputError(f'{where}: needs an object with a string "text", got {line[:60]!r}')
-    try:
-        row["text"].encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the text has half of a surrogate pair ({error})") from None
-    return row["text"]
 
 
 class PlainText(_Files):
