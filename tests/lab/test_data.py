@@ -134,7 +134,7 @@ def test_a_preparation_killed_at_any_moment_leaves_nothing_that_is_trusted(tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.txt", None, r"no corpus at .*missing.txt': give 'sotu', a text file"),
+        ("missing.txt", None, r"no corpus at .*missing.txt': give --corpus 'sotu', a text file"),
         ("empty.txt", b" \n", r"the corpus 'empty' holds no text"),
         ("latin.txt", b"one\ntwo\ncaf\xe9\n", r"latin.txt, line 3: byte 0xe9 is not UTF-8; convert"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad.jsonl, line 2: not valid JSON"),

@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_file_is_named(folder: Path, what: str, message: st
 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no token file at .*: give a folder of .bin files, or a quoted pattern"):
+    with pytest.raises(InputError, match=r"no token file at .*: make some with `mars prepare`, or give --data.tokens"):
         tokens.load(DataConfig(tokens=str(tmp_path)))
 
 

@@ -257,6 +257,8 @@ def test_what_classifiers_cannot_do(tmp_path: Path, tiny_vision: RunConfig) -> N
     task, folder = launch.start(tiny_vision, tmp_path, "run", numbered=False)
     with pytest.raises(InputError, match="use --parallel ddp"):
         task.layers(task.build_model())
+    with pytest.raises(InputError, match="--parallel tp is not for image classifiers"):
+        dataclasses.replace(tiny_vision, train=dataclasses.replace(tiny_vision.train, parallel="tp"))
     with pytest.raises(InputError, match="needs a language model, but the run's model is resnet18"):
         launch.load_model(folder, folder.checkpoints / "step-00000000")
     with pytest.raises(InputError, match=r"model\.dropout is for model\.name=cnn"):

@@ -57,7 +57,7 @@ def open_corpus(source: str) -> Corpus:
     elif path.is_file():
         files = (path,)
     else:
-        raise InputError(f"no corpus at {source!r}: give {BUILT_IN!r}, a text file, a .jsonl file or a folder")
+        raise InputError(f"no corpus at {source!r}: give --corpus {BUILT_IN!r}, a text file, a .jsonl file or a folder")
     parts = {part: [file for file in files if file.name.startswith(part)] for part in ("train", "val", "test")}
     held_out: frozenset[Path] = frozenset()
     if parts["train"] and parts["val"] and sum(map(len, parts.values())) == len(files):

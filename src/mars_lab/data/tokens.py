@@ -92,7 +92,8 @@ def _paths(source: str) -> list[Path]:
     found = sorted(path for path in paths if path.is_file())
     if not found:
         raise InputError(
-            f"no token file at {source!r}: give a folder of .bin files, or a quoted pattern such as 'data/*/*.bin'"
+            f"no token file at {source!r}: make some with `mars prepare`, or give --data.tokens a folder "
+            "of .bin files or a quoted pattern such as 'data/*/*.bin'"
         )
     return found
 

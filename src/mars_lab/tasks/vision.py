@@ -81,8 +81,8 @@ class VisionTask:
         return images.build(self.config.model, self.num_classes)
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Raises: the statistics of batch norm would differ between processes, and these models fit everywhere."""
-        raise InputError("image classifiers have batch norm and are not sharded; use --parallel ddp")
+        """Raises: batch norm's statistics would differ between processes, and these models fit everywhere."""
+        raise InputError("image classifiers are not sharded; use --parallel ddp")
 
     def split_layers(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Raises, as `layers` does."""

@@ -170,6 +170,13 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.task, VisionConfig) and self.train.parallel != "ddp":
+            raise InputError(
+                f"--parallel {self.train.parallel} is not for image classifiers, whose batch norm has statistics "
+                "of its own on each process; use ddp"
+            )
+
     @property
     def language(self) -> LanguageConfig:
         """The task of a run that trains a language model.
