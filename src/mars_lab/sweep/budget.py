@@ -24,7 +24,7 @@ def table(plan: Plan, studies: Studies) -> Table:
         "diverged",
         "pruned",
         "steps",
-        "tokens",
+        "tokens or images",
         "gradients",
         "processor seconds",
         "best",
