@@ -35,14 +35,18 @@ def draw(metrics: Path, stem: Path, *, title: str, unit: str = "token") -> None:
 
 
 def _draw_accuracy(axes: Axes, rows: list[dict[str, Any]], label: str) -> None:
-    for name, text, color in (("train_accuracy", "training images", MUTED), ("val_accuracy", "test", INK)):
+    for name, text, color in (
+        ("train_accuracy", "training images, not augmented", MUTED),
+        ("val_accuracy", "test", INK),
+    ):
         points = [(row["tokens"], 100 * row[name]) for row in rows if name in row]
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), color=color, linewidth=2.0, marker="o", markersize=4, label=text)
-        axes.annotate(
-            f"{points[-1][1]:.1f}", points[-1], xytext=(6, 0), textcoords="offset points", va="center", color=color
-        )
+        if name == "val_accuracy":
+            axes.annotate(
+                f"{points[-1][1]:.1f}", points[-1], xytext=(6, 0), textcoords="offset points", va="center", color=INK
+            )
     axes.set_xlabel(label)
     axes.xaxis.set_major_formatter(TOKENS)
     axes.set_ylabel("accuracy, percent")

@@ -7,6 +7,7 @@ from mars_lab.report.tables import Table
 from mars_lab.sweep.plan import Plan
 from mars_lab.sweep.studies import DIVERGED, Studies
 from mars_lab.sweep.worker import COSTS
+from mars_lab.tasks.vision import VisionConfig
 
 HEADING = "Budget of the tuning"
 NOTE = (
@@ -24,7 +25,7 @@ def table(plan: Plan, studies: Studies) -> Table:
         "diverged",
         "pruned",
         "steps",
-        "tokens or images",
+        "images" if isinstance(plan.config.base.task, VisionConfig) else "tokens",
         "gradients",
         "processor seconds",
         "best",
