@@ -77,10 +77,11 @@ def test_published_figures_are_at_the_recipes_that_they_are_of() -> None:
 
 
 def test_the_rule_of_the_scales() -> None:
-    for size in gpt2.SIZES:
-        for scale in SCALES.values():
-            assert find(f"cpu/gpt2-{size}-owt-mars-m").config.language.model.width == gpt2.SIZES[size].width // 6
-            assert scale.layers >= 1
+    for size, row in gpt2.SIZES.items():
+        for scale, divisors in SCALES.items():
+            model = find(f"{scale}/gpt2-{size}-owt-mars-m").config.language.model
+            assert model.width == row.width // divisors.width
+            assert model.num_layers == row.num_layers // divisors.layers
     published, small = (find(f"{scale}gpt2-small-owt-mars-adamw").config for scale in ("", "cpu/"))
     assert small.optimizer == dataclasses.replace(published.optimizer, lr=6 * 6e-3, lr_1d=6 * 3e-3)
     model = small.language.model

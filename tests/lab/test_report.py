@@ -247,6 +247,16 @@ def test_accuracies_are_shown_where_there_are_some(tmp_path: Path, capsys: pytes
     assert "| 91.25% |" in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_a_label_is_what_an_optimizer_is_called(tmp_path: Path) -> None:
+    for number, label in enumerate(("", "lion")):
+        values = config("mars-lion")
+        values["optimizer"]["label"] = label
+        finished_run(tmp_path / str(number), values, [4.0, 3.0])
+    main(["report", str(tmp_path), "--out", str(tmp_path / "out")])
+    rows = (tmp_path / "out" / "results.md").read_text().splitlines()[2:4]
+    assert sorted(row.split("|")[1].strip().split(",")[0] for row in rows) == ["lion", "mars-lion"]
+
+
 def test_published_figures_are_for_the_same_model_data_and_budget() -> None:
     values = config("adamw")
     values["task"]["model"] |= {

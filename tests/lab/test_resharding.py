@@ -45,6 +45,7 @@ def leg(path: Path, layout: dict[str, Any], last_step: int) -> str:
     folder = RunFolder(path)
     config = folder.config()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **layout))
+    torch.Tensor.bfloat16 = torch.Tensor.float  # in this process alone; see `exact_muon`
     task = PreemptedTask(config.language, config.train.seed)
     task.last = last_step * config.train.batch_size - 1
     with joined(config.train) as processes:
@@ -53,6 +54,12 @@ def leg(path: Path, layout: dict[str, Any], last_step: int) -> str:
         except Interrupted as interrupted:
             return str(interrupted)
         return "finished"
+
+
+@pytest.fixture
+def exact_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's Muon rounds to bf16 before it orthogonalises; then a sum in another order shows in every digit."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
 
 
 def plain_config(tiny: RunConfig, name: Any, num_steps: int = 10) -> RunConfig:
@@ -73,6 +80,7 @@ LEGS: list[tuple[int, dict[str, Any], int]] = [
 ]
 
 
+@pytest.mark.usefixtures("exact_muon")
 @pytest.mark.parametrize("name", ["mars-adamw", "muon"])
 def test_every_change_of_processes_continues_the_trajectory(tmp_path: Path, tiny: RunConfig, name: str) -> None:
     config = plain_config(tiny, name)
@@ -85,16 +93,12 @@ def test_every_change_of_processes_continues_the_trajectory(tmp_path: Path, tiny
         assert answers == [expected] * size, "one process is asked to stop, and all do, after the same step"
     (state, rows), (wanted, wanted_rows) = outcome(folder.path), outcome(straight.path)
     for row, expected_row in zip(rows, wanted_rows, strict=True):
-        # float32, summed in another order by each number of processes, and grown over ten steps; diagnostics are
-        # differences, and torch's Muon rounds to bf16
-        assert row.keys() == expected_row.keys()
-        for key, value in expected_row.items():
-            assert row[key] == pytest.approx(value, rel=1e-4 if key in ("loss", "val_loss") else 1e-2), key
+        # float32, summed in another order by each number of processes, and grown over ten steps
+        assert row == pytest.approx(expected_row, rel=1e-4)
     for key in ("step", "schedulers", "next_sequence", "data", "tied"):
         assert state[key] == wanted[key]
     for key, value in wanted["model"].items():
-        # Ten steps of about 2e-3 an element; torch's Muon rounds each to bf16, in another place for each layout.
-        torch.testing.assert_close(state["model"][key], value, rtol=0, atol=5e-3 if name == "muon" else 2e-3)
+        torch.testing.assert_close(state["model"][key], value, rtol=0, atol=2e-3)
     for part, wanted_part in zip(state["optimizer"], wanted["optimizer"], strict=True):
         assert part["state"].keys() == wanted_part["state"].keys()
         for index, entries in wanted_part["state"].items():

@@ -219,6 +219,8 @@ def test_a_run_learns_measures_and_continues_bit_for_bit(tmp_path: Path, tiny_vi
     assert summary["tokens"] == 600
     assert (straight.path / "loss.png").stat().st_size > 0
     assert (straight.path / "sample.txt").read_text().splitlines()[1].startswith("airplane")
+    main(["report", str(straight.path), "--out", str(tmp_path / "report")])
+    assert "| images/s |" in (tmp_path / "report" / "results.md").read_text()
     _, again = launch.start(tiny_vision, tmp_path, "again", numbered=False)
     plain.export(straight.checkpoints, tmp_path / "end.pt")
     for checkpoint in straight.checkpoints.iterdir():
@@ -270,8 +272,15 @@ def outcome_of(config: RunConfig, runs: Path) -> dict[str, Any]:
 
 
 def test_two_processes_train_one_classifier(tmp_path: Path, tiny_vision: RunConfig) -> None:
-    """Both judge the model with the batch statistics of the first, and say the same of it."""
+    """Both judge the model with the batch statistics of the first, which are those of the checkpoint."""
     first, second = run_ranks(outcome_of, 2, tiny_vision, tmp_path)
+    assert isinstance(tiny_vision.task, VisionConfig)
+    task = VisionTask(tiny_vision.task, seed=0)
+    model = task.build_model()
+    end = plain.read_newest(RunFolder(tmp_path / "shared").checkpoints)
+    assert end is not None
+    model.load_state_dict(end["model"])
+    assert task.evaluate(model, Ranks())["val_loss"] == pytest.approx(first["val_loss"], rel=1e-5)
     assert first["val_loss"] == second["val_loss"]
     assert first["val_accuracy"] > 0.2
     assert first["tokens"] == 600

@@ -1,9 +1,10 @@
 """The published recipes made smaller, by one rule for all of them.
 
 Of a language model, layers, heads and width are divided, the context length too, and the text is the books corpus.
-The peak rates are multiplied by the divisor of the width (from small to large the published rates fall with the width,
-or faster); decays, momenta, clipping, gamma and the schedule stay. Warm-up takes a tenth of the steps, because 2% of a
-short run is too short. Of a classifier, the width and the number of epochs are divided; rates stay, since batches do.
+The peak rates are multiplied by the divisor of the width (from small to large the published rates of AdamW, Muon and
+MARS-AdamW fall faster than the width grows, those of MARS-M slower); decays, momenta, clipping, gamma and the schedule
+stay. Warm-up takes a tenth of the steps, because 2% of a short run is too short. Of a classifier, the width and the
+number of epochs are divided; rates stay, since batches do.
 
 A rule like this gives a place to begin: compare optimizers with rates tuned around it (`mars sweep`).
 """
