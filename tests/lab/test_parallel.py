@@ -146,3 +146,20 @@ def test_heads_stay_whole(tmp_path: Path, tiny: RunConfig) -> None:
         bad = dataclasses.replace(config, task=dataclasses.replace(config.language, model=model))
         answers = run_ranks(refusal, 2, bad, tmp_path / str(len(message)))
         assert all(message in answer for answer in answers), answers
+
+
+def test_diagnostics_see_the_state_that_other_processes_keep(tiny: RunConfig, tmp_path: Path) -> None:
+    config = config_of(tiny, Case("ddp", 2, "mars-adamw", shard_state=True))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=10))
+    run_ranks(join, 2, config, tmp_path, "many")
+    whole = dataclasses.replace(config.optimizer, shard_state=False)
+    alone = dataclasses.replace(config, optimizer=whole)
+    task, folder = launch.start(alone, tmp_path, "alone", numbered=False)
+    train(task, alone, folder, quiet=True)
+    row, expected = (
+        next(row for row in read_rows(tmp_path / name / "metrics.jsonl") if "clip_rate" in row)
+        for name in ("many", "alone")
+    )
+    assert row.keys() == expected.keys()
+    for name in ("clip_rate", "momentum_norm", "grad_momentum_cosine", "grad_norm"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-3), name
