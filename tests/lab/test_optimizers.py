@@ -18,6 +18,7 @@ TOKENS = torch.randint(0, 40, (30, 4, 9), generator=torch.Generator().manual_see
 EVERY = [
     ("adamw", "approx"),
     ("muon", "approx"),
+    ("shampoo", "approx"),
     *((f"mars-{kind}", mode) for kind in ("adamw", "lion", "shampoo", "m") for mode in ("approx", "exact")),
 ]
 

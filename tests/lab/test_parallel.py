@@ -33,6 +33,7 @@ CASES = [
     Case("ddp", 2, "mars-m", "exact"),
     Case("ddp", 2, "mars-m", shard_state=True),
     Case("ddp", 2, "adamw"),
+    Case("ddp", 2, "shampoo"),
     Case("fsdp", 2, "muon"),
     Case("fsdp", 2, precision="bf16"),
     Case("fsdp", 2, compile=True),

@@ -65,7 +65,14 @@ def disturb_generators() -> None:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("mars-m", "approx"), ("mars-adamw", "exact"), ("mars-m", "exact"), ("muon", "approx"), ("adamw", "approx")],
+    [
+        ("mars-m", "approx"),
+        ("mars-adamw", "exact"),
+        ("mars-m", "exact"),
+        ("muon", "approx"),
+        ("shampoo", "approx"),
+        ("adamw", "approx"),
+    ],
 )
 def test_after_a_power_cut(tmp_path: Path, tiny: RunConfig, name: str, mode: str) -> None:
     config = with_optimizer(tiny, name, mode)

@@ -1,4 +1,4 @@
-"""The optimizers of the papers' tables that are not MARS, as torch's own or as the point of MARS that equals them.
+"""The optimizers of the papers' tables that are not MARS: torch's own, the point of MARS that equals them, or Shampoo.
 
 The identities are tests (`tests/test_identities.py`).
 """
@@ -60,11 +60,8 @@ def lion(lr: float, lr_1d: float, weight_decay: float) -> OptimizerConfig:
 
 
 def shampoo(lr: float, lr_1d: float, weight_decay: float) -> OptimizerConfig:
-    """Shampoo without accumulation, of the momentum: MARS-Shampoo with gamma = 0 and without its clip.
+    """Shampoo with accumulated preconditioners and the momentum of its experiments (Gupta et al., 2018).
 
-    That a Shampoo step without accumulated preconditioners is the polar factor: Bernstein and Newhouse, 2024. The
-    papers' Shampoo accumulates them; no reproduction of its row should be expected of this.
+    The papers don't say which Shampoo theirs is, and the authors' scripts have none.
     """
-    return OptimizerConfig(
-        "mars-shampoo", lr=lr, lr_1d=lr_1d, label="shampoo", gamma=0.0, clip_norm=None, weight_decay=weight_decay
-    )
+    return OptimizerConfig("shampoo", lr=lr, lr_1d=lr_1d, betas=(0.9, 0.99), weight_decay=weight_decay)

@@ -12,7 +12,8 @@ from mars_lab.errors import InputError
 from mars_lab.training.config import OptimizerConfig
 
 EXACT = "-exact"
-_MARS_ONLY = ("gamma", "clip_norm")
+_OWNERS = {"gamma": "mars-", "final_gamma": "mars-", "clip_norm": "mars-", "shampoo_eps": "shampoo"}
+"""Hyperparameters that some optimizers have alone, and what the names of those begin with."""
 _NUMBERS = {
     name: hint
     for name, hint in typing.get_type_hints(OptimizerConfig).items()
@@ -68,11 +69,11 @@ def spaces(
     for entry in entries:
         owner, field, values = _parsed(entry, optimizers)
         for name in [owner] if owner else optimizers:
-            if field in _MARS_ONLY and not optimizers[name].name.startswith("mars-"):
-                raise InputError(
-                    f"--space {entry}: {name} has no {field}; write it for the others alone, as in "
-                    f"{next((n for n in optimizers if n.startswith('mars-')), 'mars-m')}:{entry.rpartition(':')[2]}"
-                )
+            prefix = _OWNERS.get(field, "")
+            if not optimizers[name].name.startswith(prefix):
+                having = [other for other in optimizers if optimizers[other].name.startswith(prefix)]
+                remedy = f"write it for those that have, as in {having[0]}:{entry.rpartition(':')[2]}"
+                raise InputError(f"--space {entry}: {name} has no {field}; {remedy if having else 'leave it out'}")
             found[name][field] = values
     for name, space in found.items():
         for point in grid(space):

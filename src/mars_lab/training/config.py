@@ -13,9 +13,10 @@ import tyro
 from mars_lab.errors import InputError
 from mars_lab.tasks.language import LanguageConfig
 from mars_lab.tasks.vision import VisionConfig
+from mars_lab.training.shampoo import Shampoo
 from mars_optim import MARS
 
-OptimizerName = Literal["adamw", "muon", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m"]
+OptimizerName = Literal["adamw", "muon", "shampoo", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m"]
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,23 @@ class OptimizerConfig:
     """An optimizer and its hyperparameters; those that a type doesn't have are left unused."""
 
     name: OptimizerName = "mars-m"
-    """`adamw` and `muon` are torch's own; the others are MARS."""
+    """`adamw` and `muon` are torch's own, `shampoo` is as published (Gupta et al., 2018), the others are MARS."""
     mode: Literal["approx", "exact"] = "approx"
     """MARS only. `exact` evaluates two gradients a step: this batch at the previous and the current weights."""
     lr: float = 0.02
     """Peak learning rate; of the matrices where `lr_1d` is given."""
     lr_1d: float | None = None
-    """MARS and Muon: peak rate of norms, biases and (muon, mars-m, mars-shampoo) embeddings; None means `lr`."""
+    """MARS, Muon and Shampoo: peak rate of norms, biases and (all but mars-adamw and mars-lion) embeddings; None means
+    `lr`."""
     betas: tuple[float, float] = (0.95, 0.99)
-    """Decay of the momentum and of the second moment. Muon uses the first."""
+    """Decay of the momentum and of the second moment. Muon and Shampoo use the first."""
     muon_scale: Literal["rms", "spectral"] = "rms"
     """Muon: the scale of its updates, 0.2 sqrt(max(rows, cols)) as in Moonlight and MARS-M, or
     sqrt(max(1, rows / cols)) as in Muon's first version and MARS-Shampoo."""
+    shampoo_eps: float = 1e-4
+    """Shampoo: what its preconditioners begin with on their diagonals."""
+    shampoo_interval: int = 20
+    """Shampoo: steps between computations of the preconditioners' inverse roots."""
     betas_1d: tuple[float, float] = (0.9, 0.95)
     """The same for what `lr_1d` is for."""
     weight_decay: float = 0.1
@@ -64,7 +70,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.shard_state and (not self.name.startswith("mars-") or self.mode == "exact"):
             raise InputError(
-                "optimizer.shard_state is for the MARS types in approx mode; with others use --parallel fsdp"
+                "optimizer.shard_state is for the MARS types in approx mode; with others, Shampoo excepted, use "
+                "--parallel fsdp"
             )
         if self.mode == "exact" and not self.name.startswith("mars-"):
             raise InputError(f"optimizer.mode=exact is for the MARS types, not for {self.name!r}")
@@ -79,6 +86,10 @@ class OptimizerConfig:
             MARS([torch.zeros(1)], gamma=self.gamma if self.final_gamma is None else self.final_gamma)
         except ValueError as error:
             raise InputError(f"optimizer.{error}") from None
+        try:
+            Shampoo([torch.zeros(1)], eps=self.shampoo_eps, interval=self.shampoo_interval)
+        except ValueError as error:
+            raise InputError(f"optimizer.shampoo_{error}") from None
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,19 @@ class RunConfig:
             raise InputError(
                 f"--parallel {self.train.parallel} is not for image classifiers, whose batch norm has statistics "
                 "of its own on each process; use ddp"
+            )
+        if self.optimizer.name == "shampoo":
+            self._check_shampoo()
+
+    def _check_shampoo(self) -> None:
+        if self.train.parallel != "ddp":
+            raise InputError(
+                f"--parallel {self.train.parallel} is not for shampoo, whose preconditioners need whole gradients on "
+                "each process; use --parallel ddp, or --optimizer.name mars-shampoo"
+            )
+        if self.train.precision == "bf16-params":
+            raise InputError(
+                "train.precision=bf16-params is not for shampoo, whose preconditioners need fp32 gradients; use bf16"
             )
 
     @property

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from mars_lab.training.config import OptimizerConfig, TrainConfig
+from mars_lab.training.shampoo import Shampoo
 from mars_optim import MARS, param_groups
 from mars_optim.schedules import Linear, WarmupConstant, WarmupCosine, WarmupMultiStep, WarmupStableDecay
 
@@ -96,6 +97,8 @@ def build(
         return _adamw(model, config, train)
     if config.name == "muon":
         return _muon(model, config, train)
+    if config.name == "shampoo":
+        return _shampoo(model, config, train)
     mars_type = config.name.removeprefix("mars-")
     groups = param_groups(
         model,
@@ -141,28 +144,57 @@ def _muon(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Step
 
     With the scale "rms" of their updates both can share a rate.
     """
-    named = _trainable(model)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    kind = {name: "muon" if p.dim() == 2 and id(p) not in embeddings else "adamw" for name, p in named.items()}
+    kinds = _kinds(model, "muon", lambda p: p.dim() == 2)
     muon = torch.optim.Muon(
-        [p for name, p in named.items() if kind[name] == "muon"],
+        _of_kind(model, kinds, "muon"),
         lr=config.lr,
         momentum=config.betas[0],
         weight_decay=config.weight_decay,
         adjust_lr_fn=_MUON_SCALES[config.muon_scale],
     )
-    lr = config.lr if config.lr_1d is None else config.lr_1d
-    rest = [p for name, p in named.items() if kind[name] == "adamw"]
+    return _beside_adamw(muon, model, kinds, config, train)
+
+
+def _shampoo(model: nn.Module, config: OptimizerConfig, train: TrainConfig) -> Stepper:
+    """Shampoo on matrices and convolutions, torch.optim.AdamW on embeddings, norms and biases."""
+    kinds = _kinds(model, "shampoo", lambda p: p.dim() >= 2)
+    shampoo = Shampoo(
+        _of_kind(model, kinds, "shampoo"),
+        lr=config.lr,
+        momentum=config.betas[0],
+        eps=config.shampoo_eps,
+        weight_decay=config.weight_decay,
+        interval=config.shampoo_interval,
+    )
+    return _beside_adamw(shampoo, model, kinds, config, train)
+
+
+def _kinds(model: nn.Module, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, str]:
+    """`kind` for each parameter that fits and is no embedding, "adamw" for the rest."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    named = _trainable(model)
+    return {name: kind if fits(p) and id(p) not in embeddings else "adamw" for name, p in named.items()}
+
+
+def _of_kind(model: nn.Module, kinds: dict[str, str], kind: str) -> list[nn.Parameter]:
+    return [p for name, p in _trainable(model).items() if kinds[name] == kind]
+
+
+def _beside_adamw(
+    first: torch.optim.Optimizer, model: nn.Module, kinds: dict[str, str], config: OptimizerConfig, train: TrainConfig
+) -> Stepper:
+    """`first`, and torch.optim.AdamW on the rest."""
+    rest = _of_kind(model, kinds, "adamw")
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": config.weight_decay_1d},
         ],
-        lr=lr,
+        lr=config.lr if config.lr_1d is None else config.lr_1d,
         betas=config.betas_1d,
         fused=True,
     )
-    return Stepper([muon, adamw], _audit(kind, named), config, train)
+    return Stepper([first, adamw], _audit(kinds, _trainable(model)), config, train)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
