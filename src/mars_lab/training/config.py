@@ -40,7 +40,7 @@ class OptimizerConfig:
     shampoo_eps: float = 1e-4
     """Shampoo: what its preconditioners begin with on their diagonals."""
     shampoo_interval: int = 20
-    """Shampoo: steps between computations of the preconditioners' inverse roots."""
+    """Shampoo: steps between computations of the preconditioners' inverse roots, after as many with one each."""
     betas_1d: tuple[float, float] = (0.9, 0.95)
     """The same for what `lr_1d` is for."""
     weight_decay: float = 0.1

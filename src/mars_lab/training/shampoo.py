@@ -7,8 +7,8 @@ are the slices of G along dimension i, and x_i multiplies along dimension i:
     M_t    = momentum M_{t-1} + (1 - momentum) G_t,   M_0 = 0
     X_t+1  = X_t - lr (M_t x_1 H_1,t^(-1/2k) ... x_k H_k,t^(-1/2k) + weight_decay X_t)
 
-The inverse roots are computed at the first and then at every `interval`-th step, from eigenvalues in float64. Of a
-dimension larger than `max_size`, the diagonal of H alone is kept.
+The inverse roots are computed at each of the first `interval` steps, in which H grows manifold, then at every
+`interval`-th, from eigenvalues in float64. Of a dimension larger than `max_size`, the diagonal of H alone is kept.
 
 References: Gupta, Koren and Singer, 2018, arXiv:1802.09568: Algorithm 2; momentum 0.9, roots every 20 to 100 steps and
 diagonals above a size of about 1200 are those of their experiments, eps that of their code. The decay is decoupled as
@@ -33,7 +33,7 @@ class Shampoo(torch.optim.Optimizer):
         momentum: decay of the running average of gradients, in [0, 1).
         eps: what every preconditioner begins with on its diagonal, above 0.
         weight_decay: decoupled, as a multiple of lr.
-        interval: steps between computations of the inverse roots.
+        interval: steps between computations of the inverse roots, after as many with one each.
         max_size: largest dimension with a whole matrix for a preconditioner.
 
     Raises:
@@ -89,8 +89,9 @@ class Shampoo(torch.optim.Optimizer):
         # Contiguous as what a checkpoint gives back: sums in another order would differ in the last bits.
         grad = parameter.grad.reshape(shape).contiguous()  # pyright: ignore[reportOptionalMemberAccess]
         direction = state["exp_avg"].lerp_(grad, 1 - group["momentum"])
-        is_due = state["step"].item() % group["interval"] == 0
         state["step"] += 1
+        step, interval = int(state["step"].item()), group["interval"]
+        is_due = step <= interval or step % interval == 0
         for dim in range(len(shape)):
             statistics, root = state[f"preconditioner_{dim}"], state[f"inverse_root_{dim}"]
             rows = grad.movedim(dim, 0).flatten(1) if len(shape) > 1 else grad[:, None]
@@ -113,7 +114,7 @@ def inverse_root(statistics: Tensor, order: int, eps: float) -> Tensor:
         return (wide + eps).pow(-1 / order).to(statistics.dtype)
     try:
         values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise TrainingError(
             f"a preconditioner of Shampoo has no eigenvalues ({error}): its gradients were not finite, or too large. "
             "Try a lower --optimizer.lr or a larger --train.warmup-fraction"
@@ -133,5 +134,5 @@ def _begin(state: dict[str, Any], parameter: Tensor, shape: list[int], max_size:
 def _along(tensor: Tensor, root: Tensor, dim: int) -> Tensor:
     """`tensor` with its dimension `dim` multiplied by a symmetric matrix, or by the diagonal one that a vector is."""
     if root.dim() == 2:
-        return torch.tensordot(tensor, root, dims=([dim], [0])).movedim(-1, dim)
+        return (tensor.movedim(dim, -1) @ root).movedim(-1, dim)
     return tensor * root.reshape([-1 if other == dim else 1 for other in range(tensor.dim())])
