@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from images_at_hand import REAL as REAL_IMAGES
+from images_at_hand import archive_files, write_folder
 from tokenizers_at_hand import CACHE
 
 ROOT = Path(__file__).parent.parent
+REAL_BOOKS = ROOT / ".." / "shared" / "data" / "books"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -23,6 +26,18 @@ def blocks(language: str) -> list[tuple[str, str]]:
         for code in re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
             found.append((f"{document.name}-{len(found)}", code))
     return found
+
+
+def data_of(document: Path, folder: Path) -> dict[str, str]:
+    """Variables that say where a tutorial's data are: the real ones where this machine has them."""
+    if document.name == "tutorial.md" and REAL_BOOKS.is_dir():
+        return {"BOOKS": str(REAL_BOOKS)}
+    if document.name != "tutorial-images.md":
+        return {}
+    if REAL_IMAGES.is_dir():
+        return {"CIFAR": str(REAL_IMAGES)}
+    write_folder(folder / "made-up", archive_files(10)[0])
+    return {"CIFAR": str(folder / "made-up")}
 
 
 @pytest.mark.parametrize(
@@ -38,9 +53,10 @@ def test_commands_of_a_document_run_in_order(document: Path, tmp_path: Path) -> 
     if "mars prepare" in script and CACHE is None:
         pytest.skip("no copy of GPT-2's tokenizer; set TIKTOKEN_CACHE_DIR to one")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path}
+    environment = {**os.environ, "PATH": path, **data_of(document, tmp_path)}
+    (tmp_path / "empty").mkdir()
     result = subprocess.run(
-        ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        ["bash", "-euc", script], cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -43,10 +43,12 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   report RUNS... [--out FOLDER]        runs side by side: a page for the browser, figures, a table
   prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
   evaluate [RUN] --tasks TASKS         the nine tasks of the papers, or questions from held-out books
+  evaluate [RUN]                       of a classifier: its test images, by class
   recipes [PATTERN]                    list the recipes
   recipes show NAME                    every field of a recipe, and where it is from
   drill                                break a training in every known way, and see it recover
   export PATH [RUN] [--to hf]          write a run's newest checkpoint as a file of torch.save, or for transformers
+  export PATH [RUN] --to safetensors   the same of a classifier, with its classes
   import PATH [RUN]                    make such a file the newest checkpoint of a run, or such a folder a new run
 """
 

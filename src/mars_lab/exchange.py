@@ -11,7 +11,7 @@ from mars_lab.evaluation import hf_folder, trained
 from mars_lab.evaluation.hf_folder import HFFolder
 from mars_lab.models.gpt2 import GPT2
 from mars_lab.recipes.registry import DEFAULT, find
-from mars_lab.tasks.language import LanguageTask
+from mars_lab.tasks.language import LanguageConfig, LanguageTask
 from mars_lab.training import launch, run_folder
 from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import RunConfig
@@ -22,13 +22,13 @@ class ExportCommand:
     """Write a run's newest checkpoint for other tools."""
 
     path: tyro.conf.Positional[Path]
-    """The file or, for Hugging Face, the folder to write."""
+    """The file (`torch`) or folder to write."""
     run: tyro.conf.Positional[str | None] = None
-    """Name or folder of the run, by default the one that was started last; for Hugging Face also a certain checkpoint
-    of it."""
-    to: Literal["torch", "hf"] = "torch"
-    """`torch`: a file of torch.save with everything that resuming needs. `hf`: a folder with the model and its
-    tokenizer, which transformers loads."""
+    """Name or folder of the run, by default the one that was started last; for a folder also a certain checkpoint of
+    it."""
+    to: Literal["torch", "hf", "safetensors"] = "torch"
+    """`torch`: a file of torch.save with everything that resuming needs. `hf`: a folder with a language model and its
+    tokenizer, which transformers loads. `safetensors`: a folder with an image classifier and its classes."""
     runs: Path = Path("runs")
     """Folder of the runs."""
 
@@ -65,8 +65,15 @@ def export(args: list[str]) -> None:
     """Run `mars export` with `args`."""
     command = tyro.cli(ExportCommand, args=args, prog="mars export")
     if command.to == "hf":
-        trained.load(command.runs, command.run).write(command.path)
+        trained.load(*trained.located(command.runs, command.run)).write(command.path)
         print(f"transformers.GPT2LMHeadModel.from_pretrained({str(command.path)!r}) loads the model")
+        return
+    if command.to == "safetensors":
+        run, checkpoint = trained.located(command.runs, command.run)
+        if isinstance(run.config().task, LanguageConfig):
+            raise InputError(f"--to safetensors is for image classifiers; {run.path} trains a language model: --to hf")
+        trained.load_classifier(run, checkpoint).write(command.path)
+        print(f"{command.path} has model.safetensors and, in config.json, its architecture, classes and normalisation")
         return
     step = plain.export(run_folder.find(command.runs, command.run).checkpoints, command.path)
     print(f"{command.path} holds the state after step {step}; torch.load(..., weights_only=True) reads it")

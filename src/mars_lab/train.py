@@ -126,12 +126,13 @@ def _guard(folder: RunFolder, work: Callable[[], dict[str, Any]]) -> None:
         _say_how_to_continue(folder, interrupted)
     if speaks():
         writes_text = isinstance(folder.config().task, LanguageConfig)
+        following = f"sample {folder.path} --prompt 'We the people'" if writes_text else f"evaluate {folder.path}"
         accuracy = f", accuracy {summary['val_accuracy']:.2%}," if "val_accuracy" in summary else ""
         print(
             f"Validation loss {summary['val_loss']:.4f}{accuracy} after {summary['steps']} steps, "
             f"{summary['tokens']:,} {'tokens' if writes_text else 'images'}, {summary['seconds']:.0f} s in steps.\n"
             f"In {folder.path}: loss.png, sample.txt, metrics.jsonl, summary.json, checkpoints, tensorboard."
-            + (f" Next: mars sample {folder.path} --prompt 'We the people'" if writes_text else "")
+            f" Next: mars {following}"
         )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from images_at_hand import made_up, write_jpegs
 from mars_lab.data.tokens import DataConfig
 from mars_lab.models.gpt2 import GPT2Config
+from mars_lab.models.images import ImageModelConfig
 from mars_lab.tasks.language import LanguageConfig
+from mars_lab.tasks.vision import ImageDataConfig, VisionConfig
 from mars_lab.training.config import OptimizerConfig, RunConfig, TrainConfig
 
 from .tiny_runs import prose
@@ -48,3 +52,17 @@ def tiny(corpus: Path) -> RunConfig:
             checkpoint_every=5,
         ),
     )
+
+
+@pytest.fixture
+def tiny_vision(tmp_path: Path) -> RunConfig:
+    write_jpegs(tmp_path / "images", made_up(200), made_up(50, seed=1))
+    task = VisionConfig(
+        ImageModelConfig("resnet18", width=4),
+        ImageDataConfig("cifar10", str(tmp_path / "images")),
+        eval_train_images=20,
+        eval_batch_size=16,
+    )
+    optimizer = OptimizerConfig("mars-m", lr=0.01, weight_decay=5e-4, max_grad_norm=None)
+    settings = TrainConfig(num_steps=30, batch_size=20, schedule="multistep", warmup_fraction=0.0, precision="fp32")
+    return RunConfig(task, optimizer, dataclasses.replace(settings, eval_every=10, checkpoint_every=10, device="cpu"))

@@ -1,7 +1,6 @@
 """Readers of CIFAR, augmentation, the classifiers, and a run to the end; on images made up here."""
 
 import dataclasses
-import io
 import pickle
 import tarfile
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from images_at_hand import REAL, archive_files, made_up, write_folder, write_jpegs
 from mars_lab.cli import main
 from mars_lab.data import cifar
 from mars_lab.data.augmentation import AugmentedImages, packed, unpacked
@@ -21,73 +20,15 @@ from mars_lab.models import images
 from mars_lab.models.images import ImageModelConfig
 from mars_lab.ranks import Ranks
 from mars_lab.report.rows import read_rows
-from mars_lab.tasks.vision import ImageDataConfig, VisionConfig, VisionTask
+from mars_lab.tasks.vision import VisionConfig, VisionTask
 from mars_lab.training import launch
 from mars_lab.training.checkpoint import plain
-from mars_lab.training.config import OptimizerConfig, RunConfig, TrainConfig
+from mars_lab.training.config import RunConfig
 from mars_lab.training.loop import train
 from mars_lab.training.run_folder import RunFolder
 from mars_optim import param_groups
 
 from .forked import run_ranks
-
-NAMES = [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog", b"horse", b"ship", b"truck"]
-
-
-def made_up(count: int, num_classes: int = 10, seed: int = 0) -> LabelledImages:
-    """Smooth images whose colour tells the class, so that there is something to learn and JPEG keeps it."""
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(num_classes, size=count)
-    colours = np.stack([labels * 20 % 256, labels * 50 % 256, 255 - labels * 20 % 256], 1)
-    noise = generator.integers(-10, 10, size=(count, 3, 1, 1))
-    pixels = np.clip(colours[:, :, None, None] + noise + np.zeros((1, 1, 32, 32)), 0, 255)
-    return LabelledImages(pixels.astype(np.uint8), labels.astype(np.uint8))
-
-
-def archive_files(num_classes: int) -> tuple[dict[str, bytes], LabelledImages, LabelledImages]:
-    """The members of an official archive, and what is in them."""
-    is_small = num_classes == 10
-    train, test = made_up(50, num_classes), made_up(20, num_classes, seed=1)
-    label_key = b"labels" if is_small else b"fine_labels"
-
-    def batch(part: LabelledImages) -> bytes:
-        values = {b"data": part.pixels.reshape(len(part.labels), -1), label_key: part.labels.tolist()}
-        return pickle.dumps(values, protocol=2)
-
-    if is_small:
-        files = {
-            f"data_batch_{index + 1}": batch(
-                LabelledImages(train.pixels[index * 10 : index * 10 + 10], train.labels[index * 10 : index * 10 + 10])
-            )
-            for index in range(5)
-        }
-        files |= {"test_batch": batch(test), "batches.meta": pickle.dumps({b"label_names": NAMES}, protocol=2)}
-        return files, train, test
-    names = [f"class {index}".encode() for index in range(100)]
-    files = {"train": batch(train), "test": batch(test), "meta": pickle.dumps({b"fine_label_names": names}, protocol=2)}
-    return files, train, test
-
-
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
-def write_jpegs(folder: Path, train: LabelledImages, test: LabelledImages) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", train), ("test", test)):
-        encoded: list[bytes] = []
-        for pixels in part.pixels:
-            stream = io.BytesIO()
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(stream, "jpeg", quality=95)
-            encoded.append(stream.getvalue())
-        arrays: dict[str, Any] = {
-            "jpeg": np.frombuffer(b"".join(encoded), np.uint8),
-            "offsets": np.cumsum([0, *map(len, encoded)]),
-            "labels": part.labels,
-        }
-        np.savez(folder / f"{name}.npz", **arrays)
 
 
 def same(found: LabelledImages, expected: LabelledImages) -> bool:
@@ -195,20 +136,6 @@ def test_convolutions_are_matrices_and_the_head_is_not(mars_type: Any) -> None:
     assert "convolution" not in lines["bn1.weight"]
 
 
-@pytest.fixture
-def tiny_vision(tmp_path: Path) -> RunConfig:
-    write_jpegs(tmp_path / "images", made_up(200), made_up(50, seed=1))
-    task = VisionConfig(
-        ImageModelConfig("resnet18", width=4),
-        ImageDataConfig("cifar10", str(tmp_path / "images")),
-        eval_train_images=20,
-        eval_batch_size=16,
-    )
-    optimizer = OptimizerConfig("mars-m", lr=0.01, weight_decay=5e-4, max_grad_norm=None)
-    settings = TrainConfig(num_steps=30, batch_size=20, schedule="multistep", warmup_fraction=0.0, precision="fp32")
-    return RunConfig(task, optimizer, dataclasses.replace(settings, eval_every=10, checkpoint_every=10, device="cpu"))
-
-
 def test_a_run_learns_measures_and_continues_bit_for_bit(tmp_path: Path, tiny_vision: RunConfig) -> None:
     task, straight = launch.start(tiny_vision, tmp_path, "straight", numbered=False)
     summary = train(task, tiny_vision, straight, quiet=True)
@@ -284,9 +211,6 @@ def test_two_processes_train_one_classifier(tmp_path: Path, tiny_vision: RunConf
     assert first["val_loss"] == second["val_loss"]
     assert first["val_accuracy"] > 0.2
     assert first["tokens"] == 600
-
-
-REAL = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no copy of CIFAR-10 in ../shared/data/cifar10")

@@ -11,18 +11,26 @@ import torch
 import tyro
 
 from mars_lab.errors import InputError
-from mars_lab.evaluation import book_tasks, harness, hf_folder, trained
+from mars_lab.evaluation import book_tasks, harness, hf_folder, images, trained
 from mars_lab.evaluation.results import Results
 from mars_lab.evaluation.suite import BY_NAME, NINE
 from mars_lab.evaluation.task_folder import CONTINUATION, LAST_WORD, TaskFolder
+from mars_lab.tasks.vision import VisionConfig
+from mars_lab.training.run_folder import RunFolder
 
 _NINE, _BOOKS = "nine", "books"
+_OF_TEXT = ("--tasks", "--shots", "--data", "--books", "--num-passages")
+"""Flags that mean nothing for a classifier."""
 _GROUPS = {_NINE: tuple(task.name for task in NINE), _BOOKS: (LAST_WORD, CONTINUATION)}
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Evaluate a model with lm-evaluation-harness; the same command again continues."""
+    """Evaluate a language model with lm-evaluation-harness, or an image classifier on its test images.
+
+    The same command again continues. Of the options below, a classifier takes --limit, --batch-size, --device, --output
+    and --runs.
+    """
 
     model: tyro.conf.Positional[str | None] = None
     """Name or folder of a run, by default the one that was started last; one of a run's checkpoints; or a folder that
@@ -39,8 +47,9 @@ class EvaluateCommand:
     num_passages: int = 500
     """Most questions of each task from books."""
     limit: int | None = None
-    """Only so many questions of each task, for a quick look."""
-    batch_size: int = 16
+    """Only so many questions of each task, or test images, for a quick look."""
+    batch_size: int | None = None
+    """Questions (by default 16) or images (500) at once; it changes memory and time alone."""
     device: str = "auto"
     """auto: cuda if there is one, otherwise cpu."""
     output: Path | None = None
@@ -63,17 +72,28 @@ class EvaluateCommand:
         """Tasks, each once, groups spelled out."""
         return list(dict.fromkeys(name for group in self.tasks for name in _GROUPS.get(group, (group,))))
 
+    @property
+    def chosen_device(self) -> str:
+        """`auto` replaced by what this machine has."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
 
 def main(args: list[str]) -> None:
     """Run `mars evaluate` with `args`."""
     command = tyro.cli(EvaluateCommand, args=args, prog="mars evaluate")
+    found = None
+    if command.model is None or not hf_folder.is_hf_folder(Path(command.model)):
+        run, checkpoint = found = trained.located(command.runs, command.model)
+        if isinstance(run.config().task, VisionConfig):
+            _judge_images(command, args, run, checkpoint)
+            return
     own_tasks = harness.tasks_path()
     with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
         work = Path(scratch)
         folder = TaskFolder(work / "tasks", own_tasks)
         folder.path.mkdir()
         local = _write_tasks(command, folder)
-        model, label, output = _model(command, work / "model")
+        model, label, output = _model(command, found, work / "model")
         folders = [
             folder.path,
             *(own_tasks / BY_NAME[n].folder for n in command.names if n in BY_NAME and n not in local),
@@ -82,17 +102,33 @@ def main(args: list[str]) -> None:
     print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
 
 
-def _model(command: EvaluateCommand, exported: Path) -> tuple[Path, str, Path]:
-    """A folder of Hugging Face, a name, and where results go."""
-    name = command.model
-    if name is not None and hf_folder.is_hf_folder(Path(name)):
-        folder, label = Path(name), Path(name).resolve().name
+def _judge_images(command: EvaluateCommand, args: list[str], run: RunFolder, checkpoint: Path) -> None:
+    given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    if foreign := [flag for flag in given if flag in _OF_TEXT]:
+        raise InputError(
+            f"{foreign[0]} is for language models; leave it out: an image classifier is judged on the test images of "
+            "its data set"
+        )
+    changes = {"eval_images": command.limit or 0, "eval_train_images": 0}
+    if command.batch_size is not None:
+        changes["eval_batch_size"] = command.batch_size
+    results = images.judge(trained.load_classifier(run, checkpoint, **changes), command.chosen_device)
+    output = command.output or run.path / "evaluation" / checkpoint.name
+    results.write(output)
+    print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
+
+
+def _model(command: EvaluateCommand, found: tuple[RunFolder, Path] | None, exported: Path) -> tuple[Path, str, Path]:
+    """A folder of Hugging Face, a name, and where results go; `found` is a run's checkpoint, None such a folder."""
+    if found is None:
+        assert command.model is not None
+        folder, label = Path(command.model), Path(command.model).resolve().name
         output = command.output or Path("evaluation") / label
     else:
-        found = trained.load(command.runs, name)
-        found.write(exported)
-        folder, label = exported, f"{found.run.path.name} {found.checkpoint.name}"
-        output = command.output or found.run.path / "evaluation" / found.checkpoint.name
+        run, checkpoint = found
+        trained.load(run, checkpoint).write(exported)
+        folder, label = exported, f"{run.path.name} {checkpoint.name}"
+        output = command.output or run.path / "evaluation" / checkpoint.name
     output.mkdir(parents=True, exist_ok=True)
     return folder, label, output
 
@@ -125,9 +161,8 @@ def _write_tasks(command: EvaluateCommand, folder: TaskFolder) -> set[str]:
 def _evaluate(
     command: EvaluateCommand, model: Path, results: Results, folders: Sequence[Path], output: Path
 ) -> Results:
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if command.device == "auto" else command.device
     answers = output / f"answers-{results.values['model'][:12]}"
-    evaluate = harness.Harness(model, answers, device=device, batch_size=command.batch_size)
+    evaluate = harness.Harness(model, answers, device=command.chosen_device, batch_size=command.batch_size or 16)
     try:
         for num_shots in sorted(set(command.shots)):
             names = command.names if num_shots == 0 else [n for n in command.names if n not in _GROUPS[_BOOKS]]

@@ -1,7 +1,6 @@
 """A folder that `transformers` loads as `GPT2LMHeadModel` with its tokenizer, and back."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from mars_lab.data.tokenizer import END_OF_TEXT, Tokenizer
 from mars_lab.errors import InputError
+from mars_lab.evaluation.new_folder import new_folder
 from mars_lab.models.gpt2 import GPT2, GPT2Config
 from mars_lab.models.gpt2_hf import from_hf_config, has_biases, load_hf_state_dict, to_hf_config, to_hf_state_dict
 
@@ -56,23 +56,15 @@ def write(path: Path, model: GPT2, tokenizer: Tokenizer) -> None:
     Raises:
         InputError: there is something at `path`.
     """
-    path = path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} is there already; give another folder, or delete it first")
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     end_of_text = tokenizer.end_of_text
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    _write_json(partial / _CONFIG, {**to_hf_config(model.config, end_of_text), "dtype": dtype})
-    _write_json(partial / "generation_config.json", {"bos_token_id": end_of_text, "eos_token_id": end_of_text})
     state = to_hf_state_dict(model)
     del state["lm_head.weight"]  # which is the embedding
-    save_file(state, partial / _WEIGHTS, metadata={"format": "pt"})
-    _write_tokenizer(partial, tokenizer.as_hugging_face(), model.config.context_length)
-    if path.exists():
-        path.rmdir()
-    partial.rename(path)
+    with new_folder(path) as partial:
+        _write_json(partial / _CONFIG, {**to_hf_config(model.config, end_of_text), "dtype": dtype})
+        _write_json(partial / "generation_config.json", {"bos_token_id": end_of_text, "eos_token_id": end_of_text})
+        save_file(state, partial / _WEIGHTS, metadata={"format": "pt"})
+        _write_tokenizer(partial, tokenizer.as_hugging_face(), model.config.context_length)
 
 
 def _write_tokenizer(path: Path, tokenizer: tokenizers.Tokenizer, context_length: int) -> None:

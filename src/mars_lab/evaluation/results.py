@@ -63,7 +63,7 @@ class Results:
             if own:
                 lines.append(_suite_row(f"{self._model}, {num}-shot", own))
         lines += [_suite_row(f"published: {name}, 0-shot", values) for name, values in PUBLISHED.items()]
-        return _markdown(lines)
+        return markdown(lines)
 
 
 def accuracy(metrics: Metrics) -> float:
@@ -82,7 +82,7 @@ def _other_table(rows: Sequence[tuple[str, str, Metrics]]) -> str:
         count = int(metrics["num_questions"])
         shown = [_shown(key, value, count) for key, value in metrics.items() if key != "num_questions"]
         lines.append((name, num, str(count), ", ".join(shown)))
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _shown(key: str, value: float, count: int) -> str:
@@ -92,6 +92,7 @@ def _shown(key: str, value: float, count: int) -> str:
     return f"{key} {100 * value:.1f}{error} %"
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the first of `lines` is its head."""
     head, *body = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, "|" + "---|" * len(lines[0]), *body])

@@ -1,12 +1,16 @@
 """A trained model of a run: its newest checkpoint, or a certain one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from mars_lab.data.tokenizer import Tokenizer
 from mars_lab.errors import InputError
-from mars_lab.evaluation import hf_folder
+from mars_lab.evaluation import hf_folder, image_folder
 from mars_lab.models.gpt2 import GPT2
+from mars_lab.tasks.vision import VisionConfig, VisionTask
 from mars_lab.training import launch, run_folder
 from mars_lab.training.checkpoint import folder as folders
 from mars_lab.training.run_folder import RunFolder
@@ -26,8 +30,22 @@ class Trained:
         hf_folder.write(path, self.model, self.tokenizer)
 
 
-def load(runs: Path, name: str | None) -> Trained:
-    """The model of the run `name` (see `run_folder.find`), or, if it is the path of one, of a checkpoint of a run.
+@dataclass(frozen=True)
+class Classifier:
+    """An image classifier, the images it was trained for, and where it comes from."""
+
+    model: nn.Module
+    task: VisionTask
+    run: RunFolder
+    checkpoint: Path
+
+    def write(self, path: Path) -> None:
+        """Make `path` a folder with the weights and what else it takes to use them; see `image_folder.write`."""
+        image_folder.write(path, self.model, self.task)
+
+
+def located(runs: Path, name: str | None) -> tuple[RunFolder, Path]:
+    """The run `name` (see `run_folder.find`) with its newest checkpoint, or, if it is the path of one, that checkpoint.
 
     Raises:
         InputError: there is no such run, or no readable checkpoint.
@@ -37,11 +55,32 @@ def load(runs: Path, name: str | None) -> Trained:
         run = RunFolder(checkpoint.parent.parent)
         if (problem := folders.problem(checkpoint)) is not None:
             raise InputError(f"the checkpoint {checkpoint} is damaged ({problem}); give another, or the run {run.path}")
-    else:
-        run = run_folder.find(runs, name)
-        checkpoint = launch.newest_checkpoint(run)
+        return run, checkpoint
+    run = run_folder.find(runs, name)
+    return run, launch.newest_checkpoint(run)
+
+
+def load(run: RunFolder, checkpoint: Path) -> Trained:
+    """The language model of an undamaged checkpoint of `run`.
+
+    Raises:
+        InputError: the run trains no language model.
+    """
     task, model = launch.load_model(run, checkpoint)
     return Trained(model, task.data.tokenizer, run, checkpoint)
+
+
+def load_classifier(run: RunFolder, checkpoint: Path, **changes: Any) -> Classifier:
+    """The image classifier of an undamaged checkpoint of `run`, its task with `changes` of how it is judged.
+
+    Raises:
+        InputError: the run trains no classifier.
+    """
+    config = run.config()
+    if not isinstance(config.task, VisionConfig):
+        raise InputError(f"this needs an image classifier, but {run.path} trains a language model")
+    task = VisionTask(replace(config.task, **changes), config.train.seed)
+    return Classifier(launch.load_weights(task, checkpoint).eval(), task, run, checkpoint)
 
 
 def _is_checkpoint(path: Path) -> bool:

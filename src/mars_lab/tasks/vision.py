@@ -1,7 +1,7 @@
 """Image classification: ResNet-18 or a small CNN on CIFAR."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from mars_lab.models import images
 from mars_lab.models.images import ImageModelConfig
 from mars_lab.ranks import Ranks
 
-_MEAN, _DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 """Of the pixels of CIFAR-10's training images by channel, in units of 255."""
 
 
@@ -120,28 +120,43 @@ class VisionTask:
         loss, num_right = ranks.sums([loss, num_right])
         return {f"{name}_loss": loss / count, f"{name}_accuracy": num_right / count}
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return self.data.class_names or tuple(f"class {index}" for index in range(self.num_classes))
+
     @torch.no_grad()
-    def sample(self, model: nn.Module, device: str) -> str:
-        """The accuracy of each class, and what it is most often taken for."""
+    def judged(self, model: nn.Module, device: str) -> tuple[float, Tensor]:
+        """Mean cross-entropy on the test images, and how many of each class (rows) were taken for each (columns)."""
         model.eval()
-        counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        loss, counts = 0.0, torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         for batch in self._held_out.split(self.config.eval_batch_size):
             logits, labels = _answers(model, batch.to(device))
+            loss += F.cross_entropy(logits, labels).item() * len(batch)
             counts.index_put_((labels.cpu(), logits.argmax(-1).cpu()), torch.ones(len(batch)).long(), accumulate=True)
         model.train()
-        names = self.data.class_names or tuple(f"class {index}" for index in range(self.num_classes))
+        return loss / len(self._held_out), counts
+
+    def sample(self, model: nn.Module, device: str) -> str:
+        """The accuracy of each class, and what it is most often taken for."""
         lines = [f"{'class':16} accuracy  most often taken for"]
-        for index, row in enumerate(counts.tolist()):
-            wrong = [0 if other == index else count for other, count in enumerate(row)]
-            mistaken = f"{names[wrong.index(max(wrong))]} ({max(wrong)})" if max(wrong) else "nothing else"
-            lines.append(f"{names[index]:16} {row[index] / max(1, sum(row)):8.3f}  {mistaken}")
+        for name, accuracy, mistaken in by_class(self.class_names, self.judged(model, device)[1].tolist()):
+            lines.append(f"{name:16} {accuracy:8.3f}  {mistaken}")
         return "\n".join(lines)
+
+
+def by_class(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Iterator[tuple[str, float, str]]:
+    """Of each class its name, its accuracy, and what it is most often taken for, with how often."""
+    for index, row in enumerate(counts):
+        wrong = [0 if other == index else count for other, count in enumerate(row)]
+        mistaken = f"{names[wrong.index(max(wrong))]} ({max(wrong)})" if max(wrong) else "nothing else"
+        yield names[index], row[index] / max(1, sum(row)), mistaken
 
 
 def _answers(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Logits in float32, and labels."""
     pixels_BCHW, labels_B = unpacked(rows)
-    mean, deviation = (torch.tensor(v, device=rows.device).view(3, 1, 1) * 255 for v in (_MEAN, _DEVIATION))
+    mean, deviation = (torch.tensor(v, device=rows.device).view(3, 1, 1) * 255 for v in (MEAN, DEVIATION))
     x_BCHW = (pixels_BCHW.float() - mean) / deviation
     dtype = next(model.parameters()).dtype
     logits_BK = model(x_BCHW if torch.is_autocast_enabled(rows.device.type) else x_BCHW.to(dtype))

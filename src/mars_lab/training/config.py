@@ -209,7 +209,10 @@ class RunConfig:
             InputError: this one doesn't.
         """
         if not isinstance(self.task, LanguageConfig):
-            raise InputError(f"this needs a language model, but the run's model is {self.task.model.name}")
+            raise InputError(
+                f"this needs a language model, but the run's model is {self.task.model.name}; an image classifier is "
+                "judged by `mars evaluate RUN` and exported by `mars export FOLDER RUN --to safetensors`"
+            )
         return self.task
 
 

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from mars_lab.errors import InputError
 from mars_lab.models.gpt2 import GPT2
@@ -123,11 +124,16 @@ def load_model(folder: RunFolder, checkpoint: Path) -> tuple[LanguageTask, GPT2]
     """
     config = folder.config()
     task = LanguageTask(config.language, config.train.seed)
+    return task, cast(GPT2, load_weights(task, checkpoint))
+
+
+def load_weights(task: Task, checkpoint: Path) -> nn.Module:
+    """The model of `task` with the weights of an undamaged checkpoint, on the CPU."""
     state = plain.read(checkpoint)
     with torch.random.fork_rng(devices=[]):
         model = task.build_model()
     model.load_state_dict(state["model"])
-    return task, model
+    return model
 
 
 def _open_or_start(config: RunConfig, runs: Path, name: str) -> None:
