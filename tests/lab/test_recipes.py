@@ -53,6 +53,17 @@ def test_the_published_rates(name: str, lr: float, lr_1d: float | None, decay: f
     assert (train.num_steps, train.seed, optimizer.max_grad_norm) == (100_000, 5000, 1.0)
 
 
+def test_every_shampoo_is_shampoo(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {name: recipe.config.optimizer for name, recipe in RECIPES.items() if "-shampoo" in name}
+    own = {name: optimizer for name, optimizer in found.items() if "mars-shampoo" not in name}
+    assert len([name for name in own if name.startswith("cifar")]) == 4
+    assert {optimizer.name for optimizer in own.values()} == {"shampoo"}
+    assert {optimizer.betas[0] for optimizer in own.values()} == {0.9}
+    assert own["cifar100-cnn-shampoo"].lr == max(cifar.LR_GRID)
+    main(["recipes", "show", "cifar10-resnet18-shampoo"])
+    assert "which Shampoo the published figure is of was not said" in capsys.readouterr().out
+
+
 def test_variants_differ_from_their_recipe_in_what_they_are_named_after() -> None:
     base = find("gpt2-small-owt-mars-adamw").config
     exact = find("gpt2-small-owt-mars-adamw-exact").config

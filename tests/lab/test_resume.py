@@ -44,7 +44,8 @@ class FragileTask(LanguageTask):
 
 
 def with_optimizer(config: RunConfig, name: Any, mode: Any = "approx") -> RunConfig:
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name, mode=mode))
+    changes = {"name": name, "mode": mode, "shampoo_interval": 4}  # between checkpoints, so that old roots are in them
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **changes))
 
 
 def run_uninterrupted(config: RunConfig, runs: Path) -> Path:

@@ -72,7 +72,7 @@ def spaces(
             prefix = _OWNERS.get(field, "")
             if not optimizers[name].name.startswith(prefix):
                 having = [other for other in optimizers if optimizers[other].name.startswith(prefix)]
-                remedy = f"write it for those that have, as in {having[0]}:{entry.rpartition(':')[2]}"
+                remedy = f"write it for the others alone, as in {having[0]}:{entry.rpartition(':')[2]}"
                 raise InputError(f"--space {entry}: {name} has no {field}; {remedy if having else 'leave it out'}")
             found[name][field] = values
     for name, space in found.items():
