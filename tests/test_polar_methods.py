@@ -68,6 +68,22 @@ def test_six_polar_express_steps_stay_in_their_band(spectrum: str, dtype: torch.
     assert (sigma - 1).abs().max() <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alike", [False, True], ids=["random direction", "entries alike"])
+@pytest.mark.parametrize("ratio", [25, 35, 45, 60])
+def test_one_direction_far_above_the_others_stays_in_the_band(ratio: int, alike: bool, dtype: torch.dtype) -> None:
+    """What the mean of a gradient is to its rest. Entries that are alike are all rounded to the same side."""
+    rows, columns = 256, 1024
+    u, v = orthogonal(rows, rows, 0), orthogonal(columns, rows, 1)
+    if alike:
+        u[:, 0], v[:, 0] = 1, 1
+        u, v = torch.linalg.qr(u)[0], torch.linalg.qr(v)[0]
+    sigma = torch.ones(rows, dtype=torch.float64)
+    sigma[0] = ratio
+    out = torch.linalg.svdvals(polar_factor(u @ torch.diag(sigma) @ v.T, dtype=dtype, form="gram"))
+    assert (out - 1).abs().max() <= (1e-3 if dtype == torch.float32 else 0.03)
+
+
 @pytest.mark.parametrize("method", DENSE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
@@ -203,6 +219,18 @@ def test_polar_express_has_the_published_digits() -> None:
     np.testing.assert_allclose(polar_express(1e-3, 7), published, rtol=0, atol=6e-6)
 
 
+def test_margins_widen_the_interval_of_their_step() -> None:
+    low, high = 0.01, 1.0
+    margins = (1.0, 1.1, 1.4)
+    for margin, (a, b, c) in zip(margins, polar_express(0.01, 3, cushion=0.0, margins=margins), strict=True):
+        x = np.linspace(low / margin, high * margin, 200_001)
+        value = a * x + b * x**3 + c * x**5
+        low, high = float(value[0]), float(2 - value[0])
+        assert value.min() >= low - 1e-7
+        assert value.max() <= high + 1e-7
+    assert polar_express(0.01, 3, margins=(1.0,)) == polar_express(0.01, 3)
+
+
 @pytest.mark.parametrize("lower_bound", [1e-6, 1e-3, 0.02, 0.3, 0.9, 1 - 1e-7])
 def test_polar_express_equioscillates(lower_bound: float) -> None:
     low, high = lower_bound, 1.0
@@ -226,10 +254,13 @@ def test_custom_triples_and_their_repetition() -> None:
 
 
 def test_form_and_restarts_follow_the_work_counts() -> None:
-    assert [segments(t) for t in (1, 3, 4, 5, 6, 7, 8)] == [[1], [3], [2, 2], [3, 2], [3, 3], [3, 2, 2], [3, 3, 2]]
-    assert cheaper_form(768, 768, 6) == "standard"
-    assert cheaper_form(768, 3072, 6) == "gram"
-    assert cheaper_form(64, 3072, 6) == "standard"
+    full = [segments(t, torch.float32) for t in (1, 3, 4, 5, 6, 7, 8)]
+    assert full == [[1], [3], [2, 2], [3, 2], [3, 3], [3, 2, 2], [3, 3, 2]]
+    assert [segments(t, torch.bfloat16) for t in (1, 2, 5, 6)] == [[1], [2], [2, 2, 1], [2, 2, 2]]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert cheaper_form(768, 768, 6, dtype) == "standard"
+        assert cheaper_form(768, 3072, 6, dtype) == "gram"
+        assert cheaper_form(64, 3072, 6, dtype) == "standard"
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((300, 900)))
     x /= x.norm()
     triples = polar_express(3e-3, 7)
@@ -268,6 +299,9 @@ def test_bad_choices_say_what_would_do() -> None:
             polar_express(bad, 3)
     with pytest.raises(ValueError, match=r"cushion must be in \[0, 1\)"):
         polar_express(1e-3, 3, cushion=1.0)
+    for margins in ((0.9,), (1.0, math.nan), (1.0,) * 4):
+        with pytest.raises(ValueError, match="margins must be at most 3 numbers >= 1, one a step"):
+            polar_express(1e-3, 3, margins=margins)
 
 
 def test_the_optimizer_takes_schedules_triples_ranks_and_own_scales() -> None:

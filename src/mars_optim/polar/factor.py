@@ -116,7 +116,7 @@ def polar_work(rows: int, columns: int, how: PolarMethod) -> float:
     """Return about how many multiplications the polar factor of one matrix takes, to balance the work of ranks."""
     n, m = sorted((rows, columns))
     if how.method == "newton-schulz":
-        return multiplications(n, m, how.steps, how.form)
+        return multiplications(n, m, how.steps, how.dtype or torch.bfloat16, how.form)
     return 10.0 * n * n * m if how.rank is None else 4.0 * n * m * how.rank
 
 

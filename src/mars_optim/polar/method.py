@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .coefficients import triples
 from .minimax import Triple
-from .newton_schulz import FORMS
+from .newton_schulz import FORMS, HALF
 
 METHODS = ("newton-schulz", "svd", "newton", "qdwh", "sketch")
-HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (None, torch.float64, torch.float32, *HALF)
 
 

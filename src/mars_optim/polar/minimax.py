@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 Triple = tuple[float, float, float]
 
@@ -10,7 +11,9 @@ _LIMIT: Triple = (15 / 8, -10 / 8, 3 / 8)  # p(1) = 1, p'(1) = p''(1) = 0: the m
 _CUSHION = 0.02407327424182761  # as in the published run
 
 
-def polar_express(lower_bound: float, steps: int, *, cushion: float = _CUSHION) -> tuple[Triple, ...]:
+def polar_express(
+    lower_bound: float, steps: int, *, cushion: float = _CUSHION, margins: Sequence[float] = ()
+) -> tuple[Triple, ...]:
     r"""Return the quintics whose composition is the best approximation of 1 on `[lower_bound, 1]`.
 
     .. math::
@@ -23,6 +26,8 @@ def polar_express(lower_bound: float, steps: int, *, cushion: float = _CUSHION) 
         steps: number of triples, >= 1.
         cushion: while l_t < cushion * u_t, solve on [cushion * u_t, u_t] and centre the result about 1. It bounds how
             small intermediate values may get between the points where the polynomial touches its band.
+        margins: for each step the factor, >= 1, by which rounding may have moved singular values before it: the step
+            is solved on [l_t / margin, u_t * margin]. 1 where none is given.
 
     Raises:
         ValueError: an argument out of range.
@@ -35,9 +40,12 @@ def polar_express(lower_bound: float, steps: int, *, cushion: float = _CUSHION) 
     if not 0.0 <= cushion < 1.0:
         raise ValueError(f"cushion must be in [0, 1); got {cushion!r}")
     check_steps(steps)
+    if len(margins) > steps or not all(1.0 <= margin < math.inf for margin in margins):
+        raise ValueError(f"margins must be at most {steps} numbers >= 1, one a step; got {margins!r}")
     low, high = lower_bound, 1.0
     result: list[Triple] = []
-    for _ in range(steps):
+    for margin in [*margins, *[1.0] * (steps - len(margins))]:
+        low, high = low / margin, high * margin
         start = max(low, cushion * high)
         triple = _minimax(start, high)
         if start > low:

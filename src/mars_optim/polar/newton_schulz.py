@@ -23,6 +23,7 @@ from .symmetric import product, symmetric_product
 
 _GRAM_FROM = 256  # rows
 FORMS = ("auto", "standard", "gram")
+HALF = (torch.bfloat16, torch.float16)
 
 
 def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto", *, transposed: bool = False) -> Tensor:
@@ -35,9 +36,9 @@ def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto", 
         transposed: return the transpose, stored row by row (the last product makes it so at no cost).
     """
     if form == "auto":
-        form = cheaper_form(x.shape[-2], x.shape[-1], len(polynomials))
+        form = cheaper_form(x.shape[-2], x.shape[-1], len(polynomials), x.dtype)
     start = 0
-    for length in [1] * len(polynomials) if form == "standard" else segments(len(polynomials)):
+    for length in [1] * len(polynomials) if form == "standard" else segments(len(polynomials), x.dtype):
         steps = polynomials[start : start + length]
         scalar, rest = _polynomial_of_gram(x, steps, keep_multiple_of_identity=start == 0 or form == "standard")
         start += length
@@ -47,16 +48,17 @@ def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto", 
     return x
 
 
-def segments(steps: int) -> list[int]:
-    """Return how many steps the Gram form takes between restarts: three, or less at the end.
+def segments(steps: int, dtype: torch.dtype) -> list[int]:
+    """Return how many steps the Gram form takes between restarts: three, two in half precision, or less at the end.
 
     Shorter costs products with X; longer lets rounding grow, in fp32 as well as in bfloat16 (`docs/polar.md`).
     """
-    count = -(-steps // 3)
+    longest = 2 if dtype in HALF else 3
+    count = -(-steps // longest)
     return [steps // count + (i < steps % count) for i in range(count)]
 
 
-def cheaper_form(rows: int, columns: int, steps: int) -> str:
+def cheaper_form(rows: int, columns: int, steps: int, dtype: torch.dtype) -> str:
     """Return the form with fewer multiplications for rows <= columns.
 
     Below 256 rows calls cost more than multiplications, and the standard form is more accurate.
@@ -64,17 +66,17 @@ def cheaper_form(rows: int, columns: int, steps: int) -> str:
     if rows < _GRAM_FROM:
         return "standard"
     forms = ("standard", "gram")
-    return min(forms, key=lambda form: multiplications(rows, columns, steps, form))
+    return min(forms, key=lambda form: multiplications(rows, columns, steps, dtype, form))
 
 
-def multiplications(rows: int, columns: int, steps: int, form: str = "auto") -> float:
+def multiplications(rows: int, columns: int, steps: int, dtype: torch.dtype, form: str = "auto") -> float:
     """Return the multiply-adds of an iteration for rows <= columns, counting symmetric products as half.
 
     In units of rows^3 / 2, with a = columns / rows and r segments: standard T (3a + 1), Gram 4T - 3r + 3ra.
     """
     if form == "auto":
-        form = cheaper_form(rows, columns, steps)
-    aspect, restarts = columns / max(rows, 1), len(segments(steps))
+        form = cheaper_form(rows, columns, steps, dtype)
+    aspect, restarts = columns / max(rows, 1), len(segments(steps, dtype))
     units = steps * (3 * aspect + 1) if form == "standard" else 4 * steps + 3 * restarts * (aspect - 1)
     return units * rows**3 / 2
 
