@@ -17,7 +17,8 @@ from mars_lab.evaluation.suite import BY_NAME, NINE
 from mars_lab.evaluation.task_folder import CONTINUATION, LAST_WORD, TaskFolder
 
 _NINE, _BOOKS = "nine", "books"
-_GROUPS = {_NINE: tuple(task.name for task in NINE), _BOOKS: (LAST_WORD, CONTINUATION)}
+NINE_TASKS, BOOK_TASKS = tuple(task.name for task in NINE), (LAST_WORD, CONTINUATION)
+_GROUPS = {_NINE: NINE_TASKS, _BOOKS: BOOK_TASKS}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,16 @@ class EvaluateCommand:
 
 def main(args: list[str]) -> None:
     """Run `mars evaluate` with `args`."""
-    command = tyro.cli(EvaluateCommand, args=args, prog="mars evaluate")
+    results, output = evaluate(tyro.cli(EvaluateCommand, args=args, prog="mars evaluate"))
+    print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
+
+
+def evaluate(command: EvaluateCommand) -> tuple[Results, Path]:
+    """Ask what hasn't been asked yet; the results, and the folder they are in.
+
+    Raises:
+        InputError: a model, a task or its data can't be used.
+    """
     own_tasks = harness.tasks_path()
     with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
         work = Path(scratch)
@@ -79,7 +89,18 @@ def main(args: list[str]) -> None:
             *(own_tasks / BY_NAME[n].folder for n in command.names if n in BY_NAME and n not in local),
         ]
         results = _evaluate(command, model, Results(output, label, _about(command, model)), folders, output)
-    print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
+    return results, output
+
+
+def check(command: EvaluateCommand) -> None:
+    """What can be seen of `command` before there is a model.
+
+    Raises:
+        InputError: the harness isn't installed, or local questions are not there.
+    """
+    tasks = harness.tasks_path()
+    with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
+        _write_tasks(command, TaskFolder(Path(scratch), tasks))
 
 
 def _model(command: EvaluateCommand, exported: Path) -> tuple[Path, str, Path]:
@@ -106,8 +127,12 @@ def _about(command: EvaluateCommand, model: Path) -> dict[str, str | int | None]
 
 
 def _write_tasks(command: EvaluateCommand, folder: TaskFolder) -> set[str]:
-    """Write the tasks that are made from local files, and return their names."""
-    local = {name for name in command.names if name in _GROUPS[_BOOKS]}
+    """Write the tasks that are made from local files, and return their names.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    local = {name for name in command.names if name in BOOK_TASKS}
     if local and command.books is None:
         raise InputError(f"{min(local)} is made from held-out books; give their file or folder with --books")
     if command.books is not None and local:
@@ -130,7 +155,7 @@ def _evaluate(
     evaluate = harness.Harness(model, answers, device=device, batch_size=command.batch_size)
     try:
         for num_shots in sorted(set(command.shots)):
-            names = command.names if num_shots == 0 else [n for n in command.names if n not in _GROUPS[_BOOKS]]
+            names = command.names if num_shots == 0 else [n for n in command.names if n not in BOOK_TASKS]
             if names:
                 print(f"{num_shots}-shot: {', '.join(names)}", flush=True)
                 results.add(num_shots, evaluate(names, folders, num_shots=num_shots, limit=command.limit))
