@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from mars_lab.evaluation.command import EvaluateCommand
 from mars_lab.recipes.registry import RECIPES
@@ -93,16 +91,11 @@ def main(args: list[str]) -> None:
 
 
 def _list() -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("name", no_wrap=True, min_width=max(map(len, catalogue.EXHIBITS)))
-    for title in ("where", "what it shows", "runs", "hardware"):
-        table.add_column(title)
+    print("`mars reproduce NAME` trains all runs of a table or figure at the published scale; smaller, each run:")
+    print("".join(f"  --scale {name:12} {scale.hardware}\n" for name, scale in SCALES.items()))
     for name, exhibit in catalogue.EXHIBITS.items():
-        hardware = sorted({RECIPES[row.recipe].hardware for row in exhibit.runs})
-        table.add_row(name, exhibit.where, exhibit.shows, str(len(exhibit.runs)), ", ".join(hardware))
-    Console().print(table)
-    scales = "".join(f"  --scale {name:12} {scale.hardware}\n" for name, scale in SCALES.items())
-    print(f"\n`mars reproduce NAME` trains all of it at the published scale; smaller, per run:\n{scales}")
-    print("Nothing to measure:")
+        hardware = " or ".join(sorted({RECIPES[row.recipe].hardware for row in exhibit.runs}))
+        print(f"{name:24} {len(exhibit.runs)} runs, each {hardware}\n  {exhibit.where}\n  {exhibit.shows}")
+    print("\nNothing to measure:")
     for entry in catalogue.UNREPRODUCIBLE.values():
-        print(f"  {entry.name:20} {entry.where}: {entry.reason}")
+        print(f"{entry.name:24} {entry.where}\n  {entry.reason}")

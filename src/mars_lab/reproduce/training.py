@@ -8,6 +8,7 @@ import torch
 
 from mars_lab.errors import InputError
 from mars_lab.reproduce.plan import Plan, is_same
+from mars_lab.reproduce.worker import QUEUE
 from mars_lab.sweep import workers
 from mars_lab.sweep.claim import alone
 from mars_lab.sweep.progress import RunsProgress
@@ -16,8 +17,6 @@ from mars_lab.training import launch, run_folder
 from mars_lab.training.config import RunConfig
 from mars_lab.training.processes import mesh_shape
 from mars_lab.training.run_folder import RunFolder
-
-QUEUE = "queue.json"
 
 
 def train(plan: Plan, num_workers: int, num_processes: int) -> None:

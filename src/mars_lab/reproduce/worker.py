@@ -8,13 +8,13 @@ import threading
 import time
 from pathlib import Path
 
-from mars_lab.reproduce.training import QUEUE
 from mars_lab.sweep.attempt import attempt
 from mars_lab.sweep.claim import claim
 from mars_lab.sweep.workers import serve
 from mars_lab.training import elastic
 from mars_lab.training.run_folder import RunFolder
 
+QUEUE = "queue.json"
 _MAX_RESTARTS = 3
 
 
