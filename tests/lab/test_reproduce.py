@@ -19,6 +19,7 @@ from mars_lab.recipes.scales import SCALES
 from mars_lab.report.rows import read_rows
 from mars_lab.report.run_record import read
 from mars_lab.reproduce import outcome, training
+from mars_lab.reproduce import worker as reproduce_worker
 from mars_lab.reproduce.catalogue import EXHIBITS, UNREPRODUCIBLE
 from mars_lab.reproduce.exhibit import MEAN, Accuracy, Exhibit, Loss, Row, StepTime, TaskAccuracy
 from mars_lab.reproduce.outcome import Cell, Run, cells, measured, verdicts
@@ -212,6 +213,7 @@ def test_downstream_tables_ask_every_run(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workers, "run", lambda module, folder, *rest: reproduce_worker.work(folder))
     write_official(tmp_path / "questions", 8)
     name = "mars/fwe-small-tasks"
     more = ["--tasks", "hellaswag", "piqa", "last_word", "--shots", "0", "5", "--data", "questions"]
