@@ -1,4 +1,4 @@
-"""`mars reproduce`: the catalogue against the papers, whole tables at a tiny scale, and tables of made-up numbers."""
+"""`mars reproduce`: whole tables at a tiny scale, stopped, killed and continued."""
 
 import json
 import re
@@ -14,107 +14,22 @@ from lm_eval.models.huggingface import HFLM
 
 from mars_lab.cli import main
 from mars_lab.errors import DivergenceError, TrainingError
-from mars_lab.recipes.registry import RECIPES, find
-from mars_lab.recipes.scales import SCALES
 from mars_lab.report.rows import read_rows
-from mars_lab.report.run_record import read
-from mars_lab.reproduce import outcome, training
+from mars_lab.reproduce import training
 from mars_lab.reproduce import worker as reproduce_worker
-from mars_lab.reproduce.catalogue import EXHIBITS, UNREPRODUCIBLE
-from mars_lab.reproduce.exhibit import MEAN, Accuracy, Exhibit, Loss, Row, StepTime, TaskAccuracy
-from mars_lab.reproduce.outcome import Cell, Run, cells, measured, verdicts
+from mars_lab.reproduce.catalogue import EXHIBITS
+from mars_lab.reproduce.exhibit import Exhibit, Row
 from mars_lab.reproduce.plan import Plan
 from mars_lab.sweep import worker as sweep_worker
 from mars_lab.sweep import workers
 from mars_lab.sweep.attempt import attempt
-from mars_lab.tasks.language import LanguageConfig
 from mars_lab.training import launch
 from mars_lab.training.run_folder import RunFolder
 
-from .report_runs import config, finished_run, write_run
 from .task_rows import words, write_official
 from .tiny_runs import start_mars
 
 NAME = "mars/learning-rates"
-
-PAPERS = [
-    *(f"MARS paper, Figure {number}" for number in range(1, 8)),
-    *(f"MARS paper, Table {number}" for number in range(1, 7)),
-    "MARS paper, section B.1",
-    "MARS paper, later versions",
-    "README, best validation loss",
-    "README, FineWeb-Edu: training and validation loss",
-    "HellaSwag plot, table of GPT-2 small",
-    "HellaSwag plot, table of GPT-2 XL",
-    "README, vision tasks: loss and accuracy on CIFAR-10",
-    "README, vision tasks: loss and accuracy on CIFAR-100",
-    "train_CNN.py",
-    *(f"OpenWebText: validation loss, whole and zoomed in, GPT-2 {size}" for size in ("small", "medium", "large")),
-    *(f"FineWeb-Edu: training and validation loss, whole and zoomed in, GPT-2 {size}" for size in ("small", "xl")),
-    "MARS-M README, hyperparameters",
-    "MARS-M paper, computer vision",
-    "MARS-M paper, downstream benchmarks",
-]
-"""What the papers and READMEs show, by the numbers of the versions at hand."""
-
-
-def test_every_table_and_figure_is_in_the_catalogue() -> None:
-    listed = [entry.where for entry in (*EXHIBITS.values(), *UNREPRODUCIBLE.values())]
-    for shown in PAPERS:
-        found = [where for where in listed if re.search(rf"{re.escape(shown)}(?!\d)", where)]
-        assert found, f"{shown} is missing"
-    measured_tables = {shown for shown in PAPERS if re.search(r"Figure|Table 1$", shown)}
-    for shown in measured_tables:
-        assert any(shown in exhibit.where for exhibit in EXHIBITS.values()), f"{shown} has measurements"
-    assert not set(EXHIBITS) & set(UNREPRODUCIBLE)
-
-
-def test_recipes_of_the_catalogue_exist_at_every_scale() -> None:
-    for name, exhibit in EXHIBITS.items():
-        labels = [exhibit.label(row) for row in exhibit.rows]
-        assert len(set(labels)) == len(labels), name
-        for scale in ("", *(f"{scale}/" for scale in SCALES)):
-            configs = [find(scale + row.recipe).config for row in exhibit.runs]
-            data = {c.task.data.tokens if isinstance(c.task, LanguageConfig) else c.task.data.path for c in configs}
-            assert len(data) == 1, f"{name} has one --corpus"
-        list(exhibit.orderings())
-
-
-def test_published_figures_of_the_recipes_are_in_a_table() -> None:
-    rows = {row.recipe for exhibit in EXHIBITS.values() for row in exhibit.runs if row.published}
-    assert {name for name, recipe in RECIPES.items() if recipe.published or recipe.published_accuracy} <= rows
-
-
-@pytest.mark.parametrize(
-    ("name", "label", "quantity", "figure"),
-    [
-        ("mars/owt-small", "muon", Loss(0.1, "5B"), 3.165),
-        ("mars/owt-large", "mars-adamw", Loss(1.0, "50B"), 2.518),
-        ("mars/gamma", "gamma 0.025", Loss(), 2.871),
-        ("mars/gamma", "gamma 0 to 0.2", Loss(), 2.899),
-        ("mars/learning-rates", "mars-adamw-lr-x0.5", Loss(), 2.852),
-        ("mars/owt-hellaswag", "large, MARS-AdamW", TaskAccuracy("hellaswag"), 44.20),
-        ("mars/fwe-small-tasks", "mars-adamw", TaskAccuracy("sciq"), 71.10),
-        ("mars/cifar100-resnet18", "mars-lion-exact", Accuracy(), 76.15),
-        ("mars-m/fwe-xl", "mars-m-gamma-0.01", Loss(), 2.378),
-    ],
-)
-def test_figures_are_those_of_the_papers(name: str, label: str, quantity: Any, figure: float) -> None:
-    (row,) = [row for row in EXHIBITS[name].rows if EXHIBITS[name].label(row) == label]
-    assert row.published[quantity] == figure
-
-
-def test_the_published_means_of_nine_tasks() -> None:
-    exhibit = EXHIBITS["mars/fwe-small-tasks"]
-    means = {exhibit.label(row): round(row.published[TaskAccuracy(MEAN)], 2) for row in exhibit.rows}
-    assert means == {"adamw": 45.72, "mars-adamw": 45.93, "GPT-2 small, OpenAI": 41.19}
-
-
-def test_the_two_rates_are_those_of_figure_6() -> None:
-    rates = {row.recipe: find(row.recipe).config.optimizer.lr for row in EXHIBITS[NAME].runs}
-    assert list(rates.values()) == pytest.approx([6e-4, 3e-3, 3e-3])
-    decayed = find("gpt2-small-owt-mars-m-decay-0.1").config.optimizer
-    assert (decayed.weight_decay, decayed.weight_decay_1d) == (0.1, 0.01)
 
 
 def arguments(corpus: Path, name: str = NAME, *more: str) -> list[str]:
@@ -287,78 +202,6 @@ def test_a_divergence_is_a_result_and_a_full_disk_is_not(tmp_path: Path, monkeyp
     assert attempt(folder) == folder.summary() == {"val_loss": None, "diverged": "the loss is nan"}
 
 
-@pytest.fixture
-def made_up(tmp_path: Path) -> Run:
-    """Evaluations after each of ten steps of 10 tokens and half a second; the lowest loss is after step 8."""
-    losses = [9.0, 8.0, 7.0, 6.0, 5.0, 5.5, 4.0, 3.0, 2.0, 2.5, 2.25]
-    path = finished_run(tmp_path / "run", config(), losses)
-    answers = {"0": {"hellaswag": {"acc": 0.3, "acc_norm": 0.25, "num_questions": 4}}}
-    return Run(read(path, "run"), answers)
-
-
-def test_quantities_by_hand(made_up: Run) -> None:
-    assert measured(Loss(), made_up) == 2.0
-    assert measured(Loss(0.5), made_up) == 5.0, "the fifth is higher than the fourth"
-    assert measured(Loss(0.01), made_up) == 8.0, "never that of the untrained model"
-    assert measured(StepTime(), made_up) == pytest.approx(500.0)
-    assert measured(TaskAccuracy("hellaswag"), made_up) == 25.0
-    assert measured(TaskAccuracy("hellaswag", 5), made_up) is None
-    assert measured(TaskAccuracy(MEAN), made_up) is None
-    assert measured(Accuracy(), made_up) is None
-
-
-def made_up_exhibit() -> Exhibit:
-    loss, accuracy = Loss(), Accuracy()
-    rows = (
-        Row("gpt2-small-owt-adamw", {loss: 3.0, accuracy: 50.0}),
-        Row("gpt2-small-owt-muon", {loss: 2.9, accuracy: 50.0}),
-        Row("gpt2-small-owt-mars-m", {loss: 2.8, accuracy: 60.0}),
-        Row("gpt2-large-owt-adamw", {loss: 1.0}),
-    )
-    said = ((StepTime(), "gpt2-small-owt-muon", "gpt2-small-owt-adamw"),)
-    return Exhibit("mars/made-up", "nowhere", "made up", rows, (loss, accuracy), said)
-
-
-def test_orderings_by_hand() -> None:
-    exhibit = made_up_exhibit()
-    values = {
-        (Loss(), "small-owt-adamw"): (4.0, 4.2),
-        (Loss(), "small-owt-muon"): (4.5, 4.7),
-        (Loss(), "small-owt-mars-m"): (3.0, 3.4),
-        (Accuracy(), "small-owt-adamw"): (70.0,),
-        (Accuracy(), "small-owt-mars-m"): (65.0,),
-    }
-    found = [Cell(label, quantity, None, numbers, 0) for (quantity, label), numbers in values.items()]
-    judged = {
-        (v.ordering.better, v.ordering.worse, type(v.ordering.quantity)): (v.held, v.gap)
-        for v in verdicts(exhibit, found)
-    }
-    approx = pytest.approx
-    assert judged == {
-        ("small-owt-muon", "small-owt-adamw", Loss): (False, approx(-0.5)),
-        ("small-owt-mars-m", "small-owt-adamw", Loss): (True, approx(0.9)),
-        ("small-owt-mars-m", "small-owt-muon", Loss): (True, approx(1.4)),
-        ("small-owt-mars-m", "small-owt-adamw", Accuracy): (False, approx(-5.0)),
-        ("small-owt-mars-m", "small-owt-muon", Accuracy): (None, None),
-        ("small-owt-muon", "small-owt-adamw", StepTime): (None, None),
-    }
-    text = outcome.ordering_table(verdicts(exhibit, found)).markdown()
-    line = "| small-owt-muon before small-owt-adamw | best validation loss | yes, by 0.1000 | no, by 0.5000 ± 0.2000 |"
-    assert line in text
-    assert outcome.summary(verdicts(exhibit, found)) == (
-        "Of 6 published orderings 2 held here and 2 did not; 2 could not be measured."
-    )
-
-
-def test_what_diverged_is_said_and_in_no_mean(tmp_path: Path) -> None:
-    good = Run(read(finished_run(tmp_path / "a", config(), [5.0, 4.0]), "a"), {})
-    bad = Run(read(write_run(tmp_path / "b", config(seed=1), [5.0], {"val_loss": None, "diverged": "nan"}), "b"), {})
-    exhibit = made_up_exhibit()
-    found = cells(exhibit, [Loss()], {"gpt2-small-owt-adamw": [good, bad], "gpt2-small-owt-muon": [bad]})
-    assert found[0].values == (4.0,)
-    assert [row[3] for row in outcome.table(found).rows] == ["4.0000 (1 diverged)", "1 diverged", "", ""]
-
-
 def test_workers_get_gpus_of_their_own() -> None:
     assert training.device_shares(["0", "1", "2", "3"], 2, 2) == [
         {"CUDA_VISIBLE_DEVICES": "0,1"},
@@ -366,17 +209,6 @@ def test_workers_get_gpus_of_their_own() -> None:
     ]
     assert training.device_shares(["3", "5"], 3, 1)[2] == {"CUDA_VISIBLE_DEVICES": "3"}
     assert training.device_shares([], 2, 1) == training.device_shares(["0", "1"], 1, 2) == []
-
-
-def test_the_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["reproduce"])
-    out = capsys.readouterr().out
-    for name, exhibit in EXHIBITS.items():
-        assert f"{name:24} {len(exhibit.runs)} runs, each" in out
-        assert exhibit.where in out
-    for name, entry in UNREPRODUCIBLE.items():
-        assert name in out
-        assert entry.reason in out
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def exhibits() -> Iterator[Exhibit]:
     """All that can be run."""
     yield from (_owt(size, number) for size, number in _SIZES.items())
     yield from _openwebtext()
+    yield from _types()
+    yield from _studies()
     yield from _fineweb_edu()
     for dataset in ("cifar10", "cifar100"):
         yield from (_cifar(dataset, model) for model in ("resnet18", "cnn"))
@@ -79,7 +81,6 @@ def _owt(size: str, number: int) -> Exhibit:
 
 
 def _openwebtext() -> Iterator[Exhibit]:
-    small, adamw, mars = "gpt2-small-owt-", "gpt2-small-owt-adamw", "gpt2-small-owt-mars-adamw"
     yield Exhibit(
         "mars/owt-hellaswag",
         "MARS paper, Figure 4",
@@ -106,6 +107,28 @@ def _openwebtext() -> Iterator[Exhibit]:
         said=((_BEST, "gpt2-medium-owt-mars-adamw-exact", "gpt2-medium-owt-mars-adamw"),),
         note="Exact mode computes two gradients a step.",
     )
+
+
+def _types() -> Iterator[Exhibit]:
+    small, mars = "gpt2-small-owt-", "gpt2-small-owt-mars-adamw"
+    yield Exhibit(
+        "mars/owt-small-lion",
+        "MARS paper, Figure 7",
+        "MARS-AdamW against MARS-Lion and Lion, GPT-2 small on OpenWebText",
+        (final(mars), final(f"{small}mars-lion"), final(f"{small}lion")),
+        said=((_BEST, mars, f"{small}mars-lion"),),
+        note="The figure's caption says Lion, the text MARS-Lion; both are here.",
+    )
+    yield Exhibit(
+        "mars/owt-small-shampoo",
+        "MARS paper, section 3.2.3 (no figure at hand)",
+        "MARS-Shampoo against Shampoo, Muon and MARS-AdamW, GPT-2 small on OpenWebText",
+        tuple(final(small + name) for name in ("mars-shampoo", "shampoo", "muon", "mars-adamw")),
+    )
+
+
+def _studies() -> Iterator[Exhibit]:
+    adamw, mars = "gpt2-small-owt-adamw", "gpt2-small-owt-mars-adamw"
     late = (Loss(0.74, "37B"), _BEST)
     yield Exhibit(
         "mars/learning-rates",
@@ -126,20 +149,6 @@ def _openwebtext() -> Iterator[Exhibit]:
         tuple(final(base + factor) for base in (adamw, mars) for factor in _factors(("0.25", "0.5", "", "2", "4"))),
         note="Published are the rates that the other tables use, and MARS-AdamW at half of its own.",
         draws_rates=True,
-    )
-    yield Exhibit(
-        "mars/owt-small-lion",
-        "MARS paper, Figure 7",
-        "MARS-AdamW against MARS-Lion and Lion, GPT-2 small on OpenWebText",
-        (final(mars), final(f"{small}mars-lion"), final(f"{small}lion")),
-        said=((_BEST, mars, f"{small}mars-lion"),),
-        note="The figure's caption says Lion, the text MARS-Lion; both are here.",
-    )
-    yield Exhibit(
-        "mars/owt-small-shampoo",
-        "MARS paper, section 3.2.3 (no figure at hand)",
-        "MARS-Shampoo against Shampoo, Muon and MARS-AdamW, GPT-2 small on OpenWebText",
-        tuple(final(small + name) for name in ("mars-shampoo", "shampoo", "muon", "mars-adamw")),
     )
     gammas = ("0.05", "0.025-to-0.05", "0.1-to-0", "0-to-0.1", "0-to-0.2")
     yield Exhibit(
