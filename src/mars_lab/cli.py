@@ -22,6 +22,7 @@ from mars_lab.recipes.registry import DEFAULT
 from mars_lab.report import command as report
 from mars_lab.report import tables
 from mars_lab.report.findings import Findings
+from mars_lab.reproduce import command as reproduce
 from mars_lab.sweep import plan as sweep_plan
 from mars_lab.sweep.compare import CompareConfig, compare
 from mars_lab.sweep.plan import SweepConfig
@@ -40,6 +41,7 @@ usage: mars COMMAND ...   (mars COMMAND --help says more)
   sample [RUN] --prompt TEXT           let a trained model write
   compare [--FIELD VALUE ...]          the same budget for several optimizers: table and figure
   sweep [RECIPE] [--FIELD VALUE ...]   tune several optimizers with equal budgets, then run each with several seeds
+  reproduce [NAME] [--scale SCALE]     a table or figure of the papers, from its runs to published beside measured
   report RUNS... [--out FOLDER]        runs side by side: a page for the browser, figures, a table
   prepare SOURCE [PATH]                a corpus of any size as token files: openwebtext, fineweb-edu, books, text, jsonl
   evaluate [RUN] --tasks TASKS         the nine tasks of the papers, or questions from held-out books
@@ -191,6 +193,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "report": _report,
     "prepare": _prepare,
     "recipes": recipes.main,
+    "reproduce": reproduce.main,
     "drill": _drill,
 }
 

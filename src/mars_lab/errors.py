@@ -1,4 +1,4 @@
-"""The two failures `mars` reports in one line instead of a traceback."""
+"""The failures `mars` reports in one line instead of a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -11,6 +11,10 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training can't go on (for example the loss is no longer finite)."""
+
+
+class DivergenceError(TrainingError):
+    """The loss or a weight is not finite any more; in a comparison that is a result."""
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def test_a_worker_that_fails_is_heard(
     code: int, error: type[Exception], message: str, base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = tmp_path / "worker"
-    worker.write_text(f"#!/bin/sh\necho 'mars sweep: config.json is damaged' >&2\nexit {code}\n")
+    worker.write_text(f"#!/bin/sh\necho 'mars worker: config.json is damaged' >&2\nexit {code}\n")
     worker.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(worker))
     with pytest.raises(error, match=message):

@@ -19,9 +19,11 @@ from mars_lab.tasks.vision import VisionConfig
 from mars_lab.training.run_folder import RunFolder
 
 _NINE, _BOOKS = "nine", "books"
+_Found = tuple[RunFolder, Path]
 _OF_TEXT = ("--tasks", "--shots", "--data", "--books", "--num-passages")
 """Flags that mean nothing for a classifier."""
-_GROUPS = {_NINE: tuple(task.name for task in NINE), _BOOKS: (LAST_WORD, CONTINUATION)}
+NINE_TASKS, BOOK_TASKS = tuple(task.name for task in NINE), (LAST_WORD, CONTINUATION)
+_GROUPS = {_NINE: NINE_TASKS, _BOOKS: BOOK_TASKS}
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,42 @@ class EvaluateCommand:
 def main(args: list[str]) -> None:
     """Run `mars evaluate` with `args`."""
     command = tyro.cli(EvaluateCommand, args=args, prog="mars evaluate")
-    found = None
-    if command.model is None or not hf_folder.is_hf_folder(Path(command.model)):
-        run, checkpoint = found = trained.located(command.runs, command.model)
-        if isinstance(run.config().task, VisionConfig):
-            _judge_images(command, args, run, checkpoint)
-            return
+    found = _found(command)
+    if found is not None and isinstance(found[0].config().task, VisionConfig):
+        results, output = _judge_images(command, args, *found)
+    else:
+        results, output = _ask(command, found)
+    print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
+
+
+def evaluate(command: EvaluateCommand) -> tuple[Results, Path]:
+    """Ask a language model what it hasn't been asked yet; the results, and the folder they are in.
+
+    Raises:
+        InputError: a model, a task or its data can't be used.
+    """
+    return _ask(command, _found(command))
+
+
+def check(command: EvaluateCommand) -> None:
+    """What can be seen of `command` before there is a model.
+
+    Raises:
+        InputError: the harness isn't installed, or local questions are not there.
+    """
+    tasks = harness.tasks_path()
+    with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
+        _write_tasks(command, TaskFolder(Path(scratch), tasks))
+
+
+def _found(command: EvaluateCommand) -> _Found | None:
+    """A run and its checkpoint; None for a folder that transformers loads."""
+    if command.model is not None and hf_folder.is_hf_folder(Path(command.model)):
+        return None
+    return trained.located(command.runs, command.model)
+
+
+def _ask(command: EvaluateCommand, found: _Found | None) -> tuple[Results, Path]:
     own_tasks = harness.tasks_path()
     with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
         work = Path(scratch)
@@ -99,10 +131,12 @@ def main(args: list[str]) -> None:
             *(own_tasks / BY_NAME[n].folder for n in command.names if n in BY_NAME and n not in local),
         ]
         results = _evaluate(command, model, Results(output, label, _about(command, model)), folders, output)
-    print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
+    return results, output
 
 
-def _judge_images(command: EvaluateCommand, args: list[str], run: RunFolder, checkpoint: Path) -> None:
+def _judge_images(
+    command: EvaluateCommand, args: list[str], run: RunFolder, checkpoint: Path
+) -> tuple[images.ImageResults, Path]:
     given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
     if foreign := [flag for flag in given if flag in _OF_TEXT]:
         raise InputError(
@@ -115,10 +149,10 @@ def _judge_images(command: EvaluateCommand, args: list[str], run: RunFolder, che
     results = images.judge(trained.load_classifier(run, checkpoint, **changes), command.chosen_device)
     output = command.output or run.path / "evaluation" / checkpoint.name
     results.write(output)
-    print(f"{results.tables()}\n\nIn {output}: results.json, results.md.")
+    return results, output
 
 
-def _model(command: EvaluateCommand, found: tuple[RunFolder, Path] | None, exported: Path) -> tuple[Path, str, Path]:
+def _model(command: EvaluateCommand, found: _Found | None, exported: Path) -> tuple[Path, str, Path]:
     """A folder of Hugging Face, a name, and where results go; `found` is a run's checkpoint, None such a folder."""
     if found is None:
         assert command.model is not None
@@ -142,8 +176,12 @@ def _about(command: EvaluateCommand, model: Path) -> dict[str, str | int | None]
 
 
 def _write_tasks(command: EvaluateCommand, folder: TaskFolder) -> set[str]:
-    """Write the tasks that are made from local files, and return their names."""
-    local = {name for name in command.names if name in _GROUPS[_BOOKS]}
+    """Write the tasks that are made from local files, and return their names.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    local = {name for name in command.names if name in BOOK_TASKS}
     if local and command.books is None:
         raise InputError(f"{min(local)} is made from held-out books; give their file or folder with --books")
     if command.books is not None and local:
@@ -165,7 +203,7 @@ def _evaluate(
     evaluate = harness.Harness(model, answers, device=command.chosen_device, batch_size=command.batch_size or 16)
     try:
         for num_shots in sorted(set(command.shots)):
-            names = command.names if num_shots == 0 else [n for n in command.names if n not in _GROUPS[_BOOKS]]
+            names = command.names if num_shots == 0 else [n for n in command.names if n not in BOOK_TASKS]
             if names:
                 print(f"{num_shots}-shot: {', '.join(names)}", flush=True)
                 results.add(num_shots, evaluate(names, folders, num_shots=num_shots, limit=command.limit))

@@ -180,8 +180,10 @@ def _variants(size_name: str, corpus: CorpusName, optimizer: str) -> Iterator[tu
         suffix = f"{gamma:g}" if final_gamma is None else f"{gamma:g}-to-{final_gamma:g}"
         yield f"{name}-gamma-{suffix}", _of_gamma(recipe, f"{name}-gamma-{suffix}", gamma, final_gamma)
     if name in ("gpt2-small-owt-adamw", "gpt2-small-owt-mars-adamw"):
-        for factor in (0.25, 0.5, 2.0, 4.0):
-            yield f"{name}-lr-x{factor:g}", _of_rate(recipe, factor)
+        for factor in (0.25, 0.5, 2.0, 4.0, *([5.0] if optimizer == "adamw" else [])):
+            yield f"{name}-lr-x{factor:g}", _of_rate(recipe, f"{name}-lr-x{factor:g}", factor)
+    if optimizer == "mars-m":
+        yield f"{name}-decay-0.1", _of_decay(recipe)
 
 
 def _described(name: str, recipe: Recipe, size: str, corpus: CorpusName, optimizer: str) -> Recipe:
@@ -242,17 +244,31 @@ def _of_schedule(recipe: Recipe, schedule: Literal["constant", "wsd"]) -> Recipe
     return replace(recipe, make=make, about=f"{recipe.summary[:-1]}, {what}.\n{recipe.about}", published={})
 
 
-def _of_rate(recipe: Recipe, factor: float) -> Recipe:
+def _of_rate(recipe: Recipe, name: str, factor: float) -> Recipe:
     def make() -> RunConfig:
         config = recipe.config
         lr_1d = None if config.optimizer.lr_1d is None else config.optimizer.lr_1d * factor
         return _with_optimizer(config, lr=config.optimizer.lr * factor, lr_1d=lr_1d)
 
     about = (
-        f"{recipe.summary[:-1]}, {factor:g} times the rate.\nThe study of the learning rate; its grid is ours, "
-        f"powers of 2 around the published rate.\n{recipe.about}"
+        f"{recipe.summary[:-1]}, {factor:g} times the rate.\nThe study of the learning rate. The paper has "
+        f"AdamW at 3e-3 (x5) and MARS-AdamW at 3e-3 (x0.5); the other powers of 2 are ours.\n{recipe.about}"
     )
-    return replace(recipe, make=make, about=about, published={})
+    return replace(recipe, make=make, about=about, published=published.losses(name))
+
+
+def _of_decay(recipe: Recipe) -> Recipe:
+    """MARS-M at the decay of its table of hyperparameters, which is Moonlight's."""
+
+    def make() -> RunConfig:
+        return _with_optimizer(recipe.config, weight_decay=0.1)
+
+    about = (
+        f"{recipe.summary[:-1]}, decay 0.1.\nThe decay of matrices and embeddings in the authors' table, and "
+        f"Moonlight's; their configuration has 0.01. Nobody has published the comparison.\n{recipe.about}"
+    )
+    departures = (_FIRST_STEP, "decay 0.1 of matrices and embeddings, as in the authors' table")
+    return replace(recipe, make=make, about=about, published={}, departures=departures)
 
 
 def exactly(config: RunConfig) -> RunConfig:

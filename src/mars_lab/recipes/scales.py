@@ -33,14 +33,19 @@ class Scale:
     """Sequences in a step."""
     data: DataConfig
     vocab_size: int
-    num_epochs: int
+    num_epochs: float
     """Of classifiers."""
     image_width: int
     """Divides the width of classifiers."""
+    eval_sequences: int = 256
+    eval_images: int = 0
+    """0 means all."""
 
 
 _BOOKS = DataConfig(tokens="data/books")  # as `mars prepare books PATH` leaves them
 _FEW_BOOKS = DataConfig(corpus="data/text/books", max_characters=20_000_000)
+
+_SPEECHES = DataConfig(tokenizer_size=512, max_characters=200_000)
 
 SCALES: Mapping[str, Scale] = {
     # GPT-2 small becomes 1.3M parameters, 0.5M tokens.
@@ -60,6 +65,8 @@ SCALES: Mapping[str, Scale] = {
     "gpu-minutes": Scale("one GPU, minutes", 2, 2, 2, 50, 64, _BOOKS, 50304, 20, 1),
     # GPT-2 small itself, 490M tokens: ten epochs.
     "gpu-hour": Scale("one GPU, an hour", 1, 1, 1, 20, 96, _BOOKS, 50304, 200, 1),
+    # Five steps of a thing too small to learn: whether everything fits together.
+    "smoke": Scale("one CPU core, a second", 6, 24, 16, 20_000, 4, _SPEECHES, 512, 0.01, 16, 8, 100),
 }
 
 
@@ -86,7 +93,7 @@ def _scaled_language(config: RunConfig, task: LanguageConfig, scale: Scale) -> R
         lr=config.optimizer.lr * scale.width,
         lr_1d=None if lr_1d is None else lr_1d * scale.width,
     )
-    num_steps = config.train.num_steps // scale.steps
+    num_steps = max(2, config.train.num_steps // scale.steps)
     train = replace(
         config.train,
         num_steps=num_steps,
@@ -99,7 +106,7 @@ def _scaled_language(config: RunConfig, task: LanguageConfig, scale: Scale) -> R
         eval_every=max(1, num_steps // 8),
         checkpoint_every=max(1, num_steps // 4),
     )
-    task = replace(task, model=model, data=scale.data, eval_sequences=256)
+    task = replace(task, model=model, data=scale.data, eval_sequences=scale.eval_sequences)
     return RunConfig(task, optimizer, train)
 
 
@@ -110,10 +117,9 @@ def _divisor(width: int, wanted: int) -> int:
 
 def _scaled_vision(config: RunConfig, task: VisionConfig, scale: Scale) -> RunConfig:
     per_epoch = round(NUM_IMAGES / BATCH_SIZE)
-    train = replace(
-        config.train,
-        num_steps=scale.num_epochs * per_epoch,
-        eval_every=per_epoch // 4 if scale.num_epochs < 10 else per_epoch,
-    )
+    num_steps = round(scale.num_epochs * per_epoch)
+    eval_every = per_epoch // 4 if scale.num_epochs < 10 else per_epoch
+    train = replace(config.train, num_steps=num_steps, eval_every=min(eval_every, num_steps))
     model = replace(task.model, width=task.model.width // scale.image_width)
-    return replace(config, task=replace(task, model=model), train=train)
+    evaluated = {"eval_images": scale.eval_images, "eval_train_images": scale.eval_images or task.eval_train_images}
+    return replace(config, task=replace(task, model=model, **evaluated), train=train)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mars_lab.errors import InputError, TrainingError
+from mars_lab.errors import DivergenceError, InputError
 from mars_lab.report import comparison
 from mars_lab.sweep.space import EXACT, at, named_optimizer, rates
 from mars_lab.tasks.language import LanguageConfig
@@ -107,7 +107,7 @@ class _Runner:
             begin = time.monotonic()
             try:
                 summary = launch.resume(folder, quiet=True)
-            except TrainingError as error:
+            except DivergenceError as error:
                 # A rate too high is a result of the comparison, not the end of it.
                 print(f"  {error}")
                 summary = {"val_loss": None, "diverged": str(error)}

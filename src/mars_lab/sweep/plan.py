@@ -83,9 +83,10 @@ class Plan:
         return space.require_equal({name: len(space.grid(own)) for name, own in self.spaces.items()})
 
     @property
-    def num_runs(self) -> int:
-        """Tuning and final runs."""
-        return len(self.optimizers) * (self.num_trials + self.config.seeds)
+    def all_runs(self) -> list[RunFolder]:
+        """Of the tuning, then the final ones."""
+        tuning = [self.tuning_run(name, number) for name in self.optimizers for number in range(self.num_trials)]
+        return tuning + [self.final_run(name, seed) for name in self.optimizers for seed in self.final_seeds]
 
     @property
     def storage(self) -> str:

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import sys
 import threading
 import time
 import warnings
@@ -13,16 +10,14 @@ from typing import Any
 
 from optuna.trial import Trial
 
-from mars_lab.errors import TrainingError, reported
 from mars_lab.report.rows import read_rows
 from mars_lab.sweep import plan as plans
+from mars_lab.sweep.attempt import attempt, write_summary
 from mars_lab.sweep.queue import Job, Queue
 from mars_lab.sweep.studies import DIVERGED, Studies
+from mars_lab.sweep.workers import serve
 from mars_lab.training import launch, run_folder
-from mars_lab.training.allocator import keep_freed_memory
 from mars_lab.training.config import RunConfig
-from mars_lab.training.interruption import Interrupted
-from mars_lab.training.run_folder import RunFolder
 
 COSTS = "costs.jsonl"
 """A row an attempt at a run, with its processor seconds; an attempt that was killed has none."""
@@ -99,41 +94,11 @@ def _summary(job: Job) -> dict[str, Any]:
         return task if trial is None else _Observed(task, trial, folder.metrics)
 
     try:
-        return launch.resume(folder, quiet=True, open_task=open_task)
-    except TrainingError as error:
-        # A rate too high is a result of the sweep, not the end of it.
-        return _written(folder, {"val_loss": None, "diverged": str(error)})
+        return attempt(folder, open_task)
     except _Pruned:
         last = read_rows(folder.metrics)[-1]
-        return _written(folder, {"val_loss": last.get("val_loss"), "steps": last["step"], "pruned": True})
-
-
-def _written(folder: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
-    folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
-def _stop_without_parent(stop: threading.Event) -> None:
-    """End when the process that started this one closes its end of the pipe, or is gone.
-
-    A signal alone would not do: one that comes with the last step of a run ends nothing.
-    """
-    os.read(sys.stdin.fileno(), 1)
-    stop.set()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def main() -> None:
-    """Work on the sweep in the folder that the command line names."""
-    keep_freed_memory()
-    stop = threading.Event()
-    threading.Thread(target=_stop_without_parent, args=(stop,), daemon=True).start()
-    with reported("mars sweep"):
-        try:
-            work(Path(sys.argv[1]), stop)
-        except Interrupted as interrupted:
-            sys.exit(interrupted.exit_code)
+        return write_summary(folder, {"val_loss": last.get("val_loss"), "steps": last["step"], "pruned": True})
 
 
 if __name__ == "__main__":
-    main()
+    serve(work)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mars_lab.errors import InputError, TrainingError
+from mars_lab.errors import DivergenceError, InputError
 from mars_lab.tasks.task import Task, changed_lines
 from mars_lab.training import optimizers
 from mars_lab.training.checkpoint import contents, dcp, loader
@@ -197,10 +197,10 @@ class Run:
         device_type = torch.device(self.ranks.device).type
         return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision.startswith("bf16"))
 
-    def _not_finite(self, what: str) -> TrainingError:
+    def _not_finite(self, what: str) -> DivergenceError:
         self._saver.wait()
         good = next(iter(folders.newest_first(self.folder.checkpoints)), None)
-        return TrainingError(
+        return DivergenceError(
             f"{what}; the last good checkpoint is "
             f"{good or 'none, it failed before the first was due'}. "
             "Try a lower --optimizer.lr or a larger --train.warmup-fraction"

@@ -1,0 +1,1 @@
+"""`mars reproduce`: every table and figure of the papers, from its runs to published beside measured."""
