@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mars_lab.training.checkpoint import plain
 from mars_optim import polar_factor
 
 matplotlib.use("Agg")
@@ -48,23 +49,30 @@ COLUMNS = 768
 
 def synthetic(rows: int) -> dict[str, list[Tensor]]:
     generator = np.random.default_rng(0)
-    spectra = {
-        "flat": np.ones(rows),
-        "geometric to 1e-3": np.logspace(0, -3, rows),
-        "geometric to 1e-6": np.logspace(0, -6, rows),
+    ones = np.ones(rows)
+    return {
+        "flat": [of_spectrum(ones, generator)],
+        "geometric to 1e-3": [of_spectrum(np.logspace(0, -3, rows), generator)],
+        "geometric to 1e-6": [of_spectrum(np.logspace(0, -6, rows), generator)],
+        "a mean 40 times the rest": [of_spectrum(np.append(40.0, ones[1:]), generator, mean=True)],
+        "Gaussian": [torch.from_numpy(generator.standard_normal((rows, COLUMNS)))],
     }
-    result: dict[str, list[Tensor]] = {}
-    for name, sigma in spectra.items():
-        u, _ = np.linalg.qr(generator.standard_normal((rows, rows)))
-        v, _ = np.linalg.qr(generator.standard_normal((COLUMNS, rows)))
-        result[name] = [torch.from_numpy((u * sigma) @ v.T)]
-    return result | {"Gaussian": [torch.from_numpy(generator.standard_normal((rows, COLUMNS)))]}
+
+
+def of_spectrum(sigma: np.ndarray, generator: np.random.Generator, *, mean: bool = False) -> Tensor:
+    """Random singular vectors; with `mean` the first ones have entries that are all alike."""
+    u, v = (generator.standard_normal((n, len(sigma))) for n in (len(sigma), COLUMNS))
+    if mean:
+        u[:, 0] = v[:, 0] = 1
+    return torch.from_numpy((np.linalg.qr(u)[0] * sigma) @ np.linalg.qr(v)[0].T)
 
 
 def buffers(run: Path) -> list[Tensor]:
     """The momentum buffers of the matrices that are orthogonalised in a run of MARS-M (Q, K and V apart)."""
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    state = torch.load(newest / "state.pt", weights_only=False)["stepper"]["parts"][0]
+    checkpoint = plain.read_newest(run / "checkpoints")
+    if checkpoint is None:
+        raise SystemExit(f"{run} has no checkpoint; train it first")
+    state = checkpoint["optimizer"][0]
     found: list[Tensor] = []
     for group in state["param_groups"]:
         for key in group["params"]:
@@ -124,7 +132,7 @@ def plot(rows: dict[tuple[str, str], tuple[float, ...]], spectra: list[str]) -> 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, spectrum in enumerate(spectra):
         errors = [max(rows[spectrum, name][2], 1e-16) for name in METHODS]
-        axes.plot(errors, range(len(METHODS)), "os^Dv"[i % 5], label=spectrum, color=f"C{i}", alpha=0.8)
+        axes.plot(errors, range(len(METHODS)), "os^DvP"[i % 6], label=spectrum, color=f"C{i}", alpha=0.8)
     axes.set_yticks(range(len(METHODS)), list(METHODS))
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="||O - UV'|| / sqrt(rank), singular values above 3e-3 of the norm")
