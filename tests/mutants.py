@@ -516,7 +516,7 @@ MUTANTS = [
     # Polar factors.
     mutant("no restart", "count = -(-steps // longest)", "count = 1", (POLAR, "form_and_restarts")),
     mutant("three steps in half precision", "2 if dtype in HALF else 3", "3", (POLAR, "far_above")),
-    mutant("no margin at restarts", "*(1.2, 1.05) * 4", "*(1.0, 1.05) * 4", (POLAR, "far_above")),
+    mutant("no margin at restarts", "_RESTART_MARGIN = 1.05, 1.2", "_RESTART_MARGIN = 1.05, 1.0", (POLAR, "far_above")),
     mutant("margins ignored", "low / margin, high * margin", "low, high", (POLAR, "margins")),
     mutant("Remez from above only", "high = 2 - low", "high = 1.0", (POLAR, "published")),
     mutant("entries not scaled first", "x = x / _divisor(power, x)", "x = x / 1", (POLAR, "low_precision or dtype")),

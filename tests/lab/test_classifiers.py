@@ -82,8 +82,9 @@ def test_an_evaluation_is_the_runs_own_and_says_what_is_taken_for_what(
     assert f"| {summary['val_accuracy']:.2%} |" in out
     assert f"| {' | '.join(('cat', *map(str, values['confusion'][3])))} |" in (folder / "results.md").read_text()
     main(["evaluate", str(run.checkpoints / "step-00000020"), "--limit", "20", "--batch-size", "7"])
-    earlier = json.loads((run.path / "evaluation" / "step-00000020" / "results.json").read_text())
+    earlier = json.loads((run.path / "evaluation" / "step-00000020-limit-20" / "results.json").read_text())
     assert earlier["num_images"] == 20
+    assert not (run.path / "evaluation" / "step-00000020").exists()
 
 
 def find_labels(run: RunFolder) -> torch.Tensor:
@@ -119,6 +120,7 @@ def test_a_hundred_classes_have_no_table_of_confusion() -> None:
         (["evaluate", "run", "--tasks", "books"], "--tasks is for language models; leave it out: an image classifier"),
         (["evaluate", "run", "--books=x.jsonl"], "--books is for language models"),
         (["evaluate", "run", "--num_passages", "9"], "--num-passages is for language models"),
+        (["evaluate", "run", "--device", "nonsense"], "--device nonsense can't be used"),
         (["export", "out", "run", "--to", "hf"], "model is resnet18; an image classifier is judged by `mars evaluate"),
         (["sample", "run"], "exported by `mars export FOLDER RUN --to safetensors`"),
     ],

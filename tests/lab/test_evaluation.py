@@ -180,13 +180,15 @@ def test_a_run_is_evaluated_by_name_and_results_grow(
     common = ["evaluate", "first", "--data", str(official), "--limit", "3", "--device", "cpu", *runs]
     main([*common, "--tasks", "piqa"])
     main([*common, "--tasks", "winogrande"])
-    results = json.loads((tmp_path / "first" / "evaluation" / "step-00000012" / "results.json").read_text())
+    folder = tmp_path / "first" / "evaluation" / "step-00000012-limit-3"
+    results = json.loads((folder / "results.json").read_text())
     assert {name: values["num_questions"] for name, values in results["shots"]["0"].items()} == {
         "piqa": 3,
         "winogrande": 3,
     }
     assert "| first step-00000012, 0-shot | – | – |" in capsys.readouterr().out
-    assert_fails([*common, "--tasks", "piqa", "--limit", "4"], "holds results of another limit (3, now 4)", capsys)
+    other = [*common, "--tasks", "piqa", "--limit", "4", "--output", str(folder)]
+    assert_fails(other, "holds results of another limit (3, now 4)", capsys)
 
 
 def assert_fails(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,6 +220,7 @@ def test_workers_get_gpus_of_their_own() -> None:
         (["mars/gamma", "--scale", "cpu", "--corpus", "missing"], "no corpus at 'missing'"),
         (["mars/cifar10-cnn", "--scale", "smoke"], "give what mars/cifar10-cnn is trained on with --corpus PATH"),
         (["mars/gamma", "--scale", "smoke", "--seeds", "0"], "--seeds and --num-lrs must be at least 1"),
+        (["mars/learning-rates", "--scale", "smoke", "--num-lrs", "2"], "compares learning rates, which --num-lrs 2"),
         (["mars/gamma", "--scale", "smoke", "--workers", "0"], "--workers and --nproc must be at least 1, got 0 and 1"),
         (["mars/gamma", "--scale", "smoke", "--tasks", "books"], "give their file or folder with --books"),
         (["mars/fwe-xl-tasks", "--scale", "smoke", "--data", "."], "holds nothing for the part 'test' of arc_easy"),

@@ -55,7 +55,7 @@ class EvaluateCommand:
     device: str = "auto"
     """auto: cuda if there is one, otherwise cpu."""
     output: Path | None = None
-    """Folder of the results; by default `evaluation` and the step, in the run's folder."""
+    """Folder of the results; by default `evaluation` and the step (and --limit), in the run's folder."""
     runs: Path = Path("runs")
     """Folder of the runs."""
 
@@ -76,8 +76,20 @@ class EvaluateCommand:
 
     @property
     def chosen_device(self) -> str:
-        """`auto` replaced by what this machine has."""
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        """`auto` replaced by what this machine has.
+
+        Raises:
+            InputError: there is no such device here.
+        """
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # the second is what a torch without CUDA raises
+            raise InputError(
+                f"--device {self.device} can't be used ({str(error).splitlines()[0]}); give cpu, cuda or auto"
+            ) from None
+        return self.device
 
 
 def main(args: list[str]) -> None:
@@ -147,7 +159,7 @@ def _judge_images(
     if command.batch_size is not None:
         changes["eval_batch_size"] = command.batch_size
     results = images.judge(trained.load_classifier(run, checkpoint, **changes), command.chosen_device)
-    output = command.output or run.path / "evaluation" / checkpoint.name
+    output = _output(command, run.path / "evaluation" / checkpoint.name)
     results.write(output)
     return results, output
 
@@ -157,14 +169,20 @@ def _model(command: EvaluateCommand, found: _Found | None, exported: Path) -> tu
     if found is None:
         assert command.model is not None
         folder, label = Path(command.model), Path(command.model).resolve().name
-        output = command.output or Path("evaluation") / label
+        output = _output(command, Path("evaluation") / label)
     else:
         run, checkpoint = found
         trained.load(run, checkpoint).write(exported)
         folder, label = exported, f"{run.path.name} {checkpoint.name}"
-        output = command.output or run.path / "evaluation" / checkpoint.name
+        output = _output(command, run.path / "evaluation" / checkpoint.name)
     output.mkdir(parents=True, exist_ok=True)
     return folder, label, output
+
+
+def _output(command: EvaluateCommand, default: Path) -> Path:
+    """Where results go; a quick look never stands in the place of all questions."""
+    quick = default if command.limit is None else default.with_name(f"{default.name}-limit-{command.limit}")
+    return command.output or quick
 
 
 def _about(command: EvaluateCommand, model: Path) -> dict[str, str | int | None]:

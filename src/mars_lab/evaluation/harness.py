@@ -61,7 +61,13 @@ class Harness:
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=num_shots)
             task.set_fewshot_seed(seed=_SEED)
-        results: Any = evaluate(self._lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        try:
+            results: Any = evaluate(self._lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        except AssertionError:  # the harness's own check; it has no message
+            raise InputError(
+                f"a question of {', '.join(tasks)} has an answer that is longer than the {self._lm.max_length} tokens "
+                "of the model's context; leave that task out, or take a model with a longer context"
+            ) from None
         return {name: _metrics(results, name) for name in tasks}
 
     def close(self) -> None:

@@ -44,6 +44,11 @@ class Plan:
                 "--seeds and --num-lrs must be at least 1, --lr-factor above 1; got "
                 f"{self.num_seeds}, {self.num_lrs} and {self.lr_factor}"
             )
+        if self.num_lrs is not None and any("-lr-x" in recipe for recipe in self.recipes):
+            raise InputError(
+                f"{self.exhibit.name} compares learning rates, which --num-lrs {self.num_lrs} would choose anew; "
+                "leave it out"
+            )
 
     @property
     def folder(self) -> Path:

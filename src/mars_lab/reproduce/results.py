@@ -15,6 +15,7 @@ from mars_lab.reproduce import outcome
 from mars_lab.reproduce.exhibit import MEAN, Exhibit, Quantity, TaskAccuracy
 from mars_lab.reproduce.outcome import Answers, Run
 from mars_lab.reproduce.plan import PUBLISHED, Plan
+from mars_lab.sweep.claim import alone
 from mars_lab.tasks.language import LanguageConfig
 from mars_lab.training.run_folder import RunFolder
 
@@ -77,8 +78,9 @@ def write(plan: Plan, questions: Questions | None) -> str:
         tables.append(("Published orderings", outcome.ordering_table(judged), outcome.summary(judged)))
     shown = findings(list(_labelled(exhibit, runs)))
     title = f"{exhibit.name}: {exhibit.shows} ({exhibit.where})"
-    report.write(shown, plan.folder, title if plan.scale == PUBLISHED else f"{title}, scale {plan.scale}", tables)
-    RunFolder(plan.folder).write(TABLE, json.dumps(outcome.as_json(found, judged), indent=1) + "\n")
+    with alone(plan.root):
+        report.write(shown, plan.folder, title if plan.scale == PUBLISHED else f"{title}, scale {plan.scale}", tables)
+        RunFolder(plan.folder).write(TABLE, json.dumps(outcome.as_json(found, judged), indent=1) + "\n")
     parts = [table.markdown() for _, table, _ in tables]
     return "\n".join([*parts, outcome.summary(judged)])
 

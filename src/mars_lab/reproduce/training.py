@@ -39,8 +39,8 @@ def train(plan: Plan, num_workers: int, num_processes: int) -> None:
     with alone(plan.root):
         for path, config in plan.runs.items():
             _begin(path, config)
-    queue = {"runs": [str(path.resolve()) for path in plan.runs], "num_processes": num_processes}
-    RunFolder(plan.folder).write(QUEUE, json.dumps(queue, indent=1) + "\n")
+        queue = {"runs": [str(path.resolve()) for path in plan.runs], "num_processes": num_processes}
+        RunFolder(plan.folder).write(QUEUE, json.dumps(queue, indent=1) + "\n")
     count = min(num_workers, sum(RunFolder(path).summary() is None for path in plan.runs))
     if count == 0:
         return

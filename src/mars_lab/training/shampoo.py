@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mars_lab.errors import TrainingError
+from mars_lab.errors import DivergenceError
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -69,7 +69,7 @@ class Shampoo(torch.optim.Optimizer):
         """Take one step.
 
         Raises:
-            TrainingError: a preconditioner is not finite.
+            DivergenceError: a preconditioner is not finite.
         """
         loss = None
         if closure is not None:
@@ -107,18 +107,17 @@ def inverse_root(statistics: Tensor, order: int, eps: float) -> Tensor:
     """(S + eps I)^(-1/order) of a positive semidefinite S, or of the diagonal matrix that the vector S stands for.
 
     Raises:
-        TrainingError: S is not finite.
+        DivergenceError: S is not finite.
     """
     wide = statistics.double()
+    if not bool(wide.isfinite().all()):
+        raise DivergenceError(
+            "a preconditioner of Shampoo is not finite: its gradients were not, or too large. Try a lower "
+            "--optimizer.lr or a larger --train.warmup-fraction"
+        )
     if wide.dim() == 1:
         return (wide + eps).pow(-1 / order).to(statistics.dtype)
-    try:
-        values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise TrainingError(
-            f"a preconditioner of Shampoo has no eigenvalues ({error}): its gradients were not finite, or too large. "
-            "Try a lower --optimizer.lr or a larger --train.warmup-fraction"
-        ) from None
+    values, vectors = torch.linalg.eigh(wide)
     powers = values.clamp(min=0).add(eps).pow(-1 / order)  # rounding makes small eigenvalues negative
     return (vectors * powers @ vectors.T).to(statistics.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import cast
 
 from .minimax import Triple, check_steps, polar_express
@@ -27,31 +28,42 @@ COEFFICIENTS: Mapping[str, tuple[Triple, ...]] = {
     "polar-express": polar_express(LOWER_BOUND, 10),
 }
 
-HALF_MARGINS = (1.0, 1.05, *(1.2, 1.05) * 4)
-"""Before every second step the Gram form starts anew from X_t = Q X: with Q of about 30 in bfloat16, the large singular
-values may be wrong by 3 x 30 x 2^-9, if the entries of their directions are alike and all rounded to the same side."""
-_HALF_POLAR_EXPRESS = polar_express(LOWER_BOUND, len(HALF_MARGINS), margins=HALF_MARGINS)
+_MARGIN, _RESTART_MARGIN = 1.05, 1.2
 
 
-def triples(coefficients: str | Sequence[Triple], steps: int, *, half_precision: bool) -> tuple[Triple, ...]:
+@cache
+def _with_margins(steps: int) -> tuple[Triple, ...]:
+    """Polar Express for the Gram form in half precision, which starts anew from X_t = Q X before every second step.
+
+    With Q of about 30 in bfloat16, the large singular values may then be wrong by 3 x 30 x 2^-9, if the entries of
+    their directions are alike and all rounded to the same side. What is wrong before the last step can't grow any more.
+    """
+    margins = [1.0, *(_MARGIN if i % 2 else _RESTART_MARGIN for i in range(1, steps - 1)), _MARGIN][:steps]
+    return polar_express(LOWER_BOUND, steps, margins=margins)
+
+
+def triples(
+    coefficients: str | Sequence[Triple], steps: int, *, half_precision: bool, restarts: bool = False
+) -> tuple[Triple, ...]:
     """Return the polynomials of `steps` iterations; a table that is shorter repeats its last triple.
 
     Polar Express maps 1 to exactly 1, so a singular value that rounding has pushed above 1 would grow from step to
-    step. As in the paper, every step but the last divides its argument by a safety factor: p(x / s) has the
-    coefficients a/s, b/s^3, c/s^5. In half precision that is not enough: there each step is solved on an interval
-    that is wider by what rounding does (`HALF_MARGINS`). Custom triples are used as they are.
+    step. As in the paper, every step but the last divides its argument by a safety factor, larger in half precision:
+    p(x / s) has the coefficients a/s, b/s^3, c/s^5. Where the Gram form `restarts` in half precision that is not
+    enough, and each step is solved on an interval that is wider by what rounding does. Custom triples are used as
+    they are.
 
     Raises:
         ValueError: unknown coefficients, or `steps` less than 1.
     """
     check_steps(steps)
     table = COEFFICIENTS[check(coefficients)] if isinstance(coefficients, str) else tuple(coefficients)
-    if coefficients == "polar-express" and half_precision:
-        table = _HALF_POLAR_EXPRESS
+    if coefficients == "polar-express" and half_precision and restarts:
+        return _with_margins(steps)
     chosen = (table + table[-1:] * steps)[:steps]
-    if coefficients != "polar-express" or half_precision:
+    if coefficients != "polar-express":
         return chosen
-    s = 1.01
+    s = 1.05 if half_precision else 1.01
     return (*((a / s, b / s**3, c / s**5) for a, b, c in chosen[:-1]), chosen[-1])
 
 

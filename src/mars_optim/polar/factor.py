@@ -13,7 +13,7 @@ from .coefficients import plain
 from .dense import by_newton, by_qdwh, by_svd
 from .method import PolarMethod
 from .minimax import Triple
-from .newton_schulz import multiplications, newton_schulz
+from .newton_schulz import cheaper_form, multiplications, newton_schulz
 from .sketch import Sketch, sketched
 
 _DENSE = {"svd": by_svd, "newton": by_newton, "qdwh": by_qdwh}
@@ -141,7 +141,8 @@ def _newton_schulz(x: Tensor, how: PolarMethod, *, transposed: bool = False) -> 
     dtype = how.arithmetic(x)
     # Products of rows with rows are the faster ones on the CPU, by more than the copy costs.
     normalised = _normalised(x, dtype).contiguous()
-    return newton_schulz(normalised, how.polynomials(dtype), how.form, transposed=transposed)
+    form = how.form if how.form != "auto" else cheaper_form(x.shape[-2], x.shape[-1], how.steps, dtype)
+    return newton_schulz(normalised, how.polynomials(dtype, form), form, transposed=transposed)
 
 
 def _by_factorisation(batch: Tensor, how: PolarMethod) -> Tensor:

@@ -45,9 +45,9 @@ class PolarMethod:
             raise ValueError(f"polar_rank must be an integer >= 1; got {self.rank!r}")
         self.polynomials()
 
-    def polynomials(self, dtype: torch.dtype = torch.float32) -> tuple[Triple, ...]:
-        """Return the triples of the iteration in `dtype`."""
-        return triples(self.coefficients, self.steps, half_precision=dtype in HALF)
+    def polynomials(self, dtype: torch.dtype = torch.float32, form: str = "standard") -> tuple[Triple, ...]:
+        """Return the triples of the iteration in `dtype` by the form `form`."""
+        return triples(self.coefficients, self.steps, half_precision=dtype in HALF, restarts=form == "gram")
 
     def arithmetic(self, matrix: Tensor) -> torch.dtype:
         """Return the dtype to iterate in: the given one; else float64 for float64, bfloat16 for bfloat16.
