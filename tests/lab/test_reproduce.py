@@ -223,6 +223,10 @@ def test_workers_get_gpus_of_their_own() -> None:
         (["mars/learning-rates", "--scale", "smoke", "--num-lrs", "2"], "compares learning rates, which --num-lrs 2"),
         (["mars/gamma", "--scale", "smoke", "--workers", "0"], "--workers and --nproc must be at least 1, got 0 and 1"),
         (["mars/gamma", "--scale", "smoke", "--tasks", "books"], "give their file or folder with --books"),
+        (
+            ["mars/gamma", "--scale", "smoke", "--tasks", "no_such_task"],
+            "no task 'no_such_task' in lm-evaluation-harness",
+        ),
         (["mars/fwe-xl-tasks", "--scale", "smoke", "--data", "."], "holds nothing for the part 'test' of arc_easy"),
         (["mars/cifar10-cnn", "--scale", "smoke", "--tasks", "nine"], "trains image classifiers, which --tasks can't"),
     ],

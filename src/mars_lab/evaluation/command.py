@@ -116,11 +116,10 @@ def check(command: EvaluateCommand) -> None:
     """What can be seen of `command` before there is a model.
 
     Raises:
-        InputError: the harness isn't installed, or local questions are not there.
+        InputError: the harness isn't installed, or questions are not there.
     """
-    tasks = harness.tasks_path()
     with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
-        _write_tasks(command, TaskFolder(Path(scratch), tasks))
+        harness.load(command.names, _task_folders(command, Path(scratch)))
 
 
 def _found(command: EvaluateCommand) -> _Found | None:
@@ -131,17 +130,10 @@ def _found(command: EvaluateCommand) -> _Found | None:
 
 
 def _ask(command: EvaluateCommand, found: _Found | None) -> tuple[Results, Path]:
-    own_tasks = harness.tasks_path()
     with TemporaryDirectory(prefix="mars-evaluate-") as scratch:
         work = Path(scratch)
-        folder = TaskFolder(work / "tasks", own_tasks)
-        folder.path.mkdir()
-        local = _write_tasks(command, folder)
+        folders = _task_folders(command, work)
         model, label, output = _model(command, found, work / "model")
-        folders = [
-            folder.path,
-            *(own_tasks / BY_NAME[n].folder for n in command.names if n in BY_NAME and n not in local),
-        ]
         results = _evaluate(command, model, Results(output, label, _about(command, model)), folders, output)
     return results, output
 
@@ -191,6 +183,18 @@ def _about(command: EvaluateCommand, model: Path) -> dict[str, str | int | None]
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return {"model": digest.hexdigest(), "limit": command.limit}
+
+
+def _task_folders(command: EvaluateCommand, work: Path) -> list[Path]:
+    """Where the tasks are defined: those made from local files, in `work`, and the harness's own."""
+    own_tasks = harness.tasks_path()
+    folder = TaskFolder(work / "tasks", own_tasks)
+    folder.path.mkdir()
+    local = _write_tasks(command, folder)
+    return [
+        folder.path,
+        *(own_tasks / BY_NAME[n].folder for n in command.names if n in BY_NAME and n not in local),
+    ]
 
 
 def _write_tasks(command: EvaluateCommand, folder: TaskFolder) -> set[str]:

@@ -37,7 +37,6 @@ class Harness:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -57,7 +56,7 @@ class Harness:
         """
         from lm_eval import evaluate
 
-        loaded = _load(tasks, folders)
+        loaded = load(tasks, folders)
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=num_shots)
             task.set_fewshot_seed(seed=_SEED)
@@ -75,9 +74,15 @@ class Harness:
         self._lm.dbdict.close()
 
 
-def _load(tasks: Sequence[str], folders: Sequence[Path]) -> Any:
+def load(tasks: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The harness's tasks, with their questions.
+
+    Raises:
+        InputError: a task is unknown, or its data are neither here nor on the Hub.
+    """
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_defaults=False, include_path=list(folders))
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         manager = TaskManager(include_path=list(folders))  # takes seconds: thousands of files
