@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mars_lab.cli import main
 from mars_lab.evaluation import images as image_results
 from mars_lab.evaluation.images import ImageResults
+from mars_lab.evaluation.new_folder import new_folder
 from mars_lab.models import images
 from mars_lab.models.images import ImageModelConfig
 from mars_lab.recipes.registry import find
@@ -104,6 +105,16 @@ def test_the_published_figure_stands_beside_a_run_of_that_recipe_alone() -> None
     results = ImageResults("run", "cifar10", ("cat", "dog"), 0.5, [[3, 1], [0, 4]], figure)
     assert "| published: MARS paper: ResNet-18, cifar10, 200 epochs | 10,000 | 0.199 | 95.29% |" in results.tables()
     assert "| run | 8 | 0.5000 | 87.50% |" in results.tables()
+
+
+def test_folders_filled_at_once_do_not_mix_and_failures_leave_nothing(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as first:
+        (first / "a").touch()
+        with pytest.raises(IsADirectoryError), new_folder(tmp_path / "out") as second:
+            (second / "b").touch()
+            second.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 
 
 def test_a_hundred_classes_have_no_table_of_confusion() -> None:

@@ -191,6 +191,14 @@ def test_a_run_is_evaluated_by_name_and_results_grow(
     assert_fails(other, "holds results of another limit (3, now 4)", capsys)
 
 
+def test_an_answer_longer_than_the_context_is_said(
+    tmp_path: Path, tiny: RunConfig, books: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", *flags(tiny), "--name", "short", "--runs", str(tmp_path)])
+    asked = ["evaluate", "short", "--runs", str(tmp_path), "--tasks", "books", "--books", str(books), "--device", "cpu"]
+    assert_fails(asked, "has an answer that is longer than the 16 tokens", capsys)
+
+
 def assert_fails(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(args)

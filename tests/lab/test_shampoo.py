@@ -10,7 +10,7 @@ import torch
 from pytorch_optimizer import Shampoo as LibraryShampoo
 from torch import Tensor
 
-from mars_lab.errors import InputError, TrainingError
+from mars_lab.errors import DivergenceError, InputError
 from mars_lab.models import images
 from mars_lab.models.images import ImageModelConfig
 from mars_lab.sweep import space
@@ -107,7 +107,9 @@ def test_saved_and_loaded_it_continues_bit_for_bit() -> None:
 
 def test_what_is_not_finite_is_said() -> None:
     parameter = torch.ones(3, 3).requires_grad_()
-    with pytest.raises(TrainingError, match=r"preconditioner of Shampoo .* lower --optimizer.lr"):
+    with pytest.raises(DivergenceError, match="not finite"):
+        inverse_root(torch.full((3,), math.inf), 2, 1e-4)
+    with pytest.raises(DivergenceError, match=r"preconditioner of Shampoo .* lower --optimizer.lr"):
         stepped(Shampoo([parameter]), parameter, [torch.full((3, 3), math.nan)])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import Trial
 
 from mars_lab.cli import main
 from mars_lab.errors import InputError, TrainingError
@@ -22,7 +23,7 @@ from mars_lab.sweep.sweep import sweep
 from mars_lab.sweep.worker import work
 from mars_lab.training.config import RunConfig
 
-from .tiny_runs import flags, start_mars
+from .tiny_runs import assert_refused, flags, start_mars
 
 BASES = {name: recipe.config.optimizer for name, recipe in sotu.recipes().items()}
 TWO = {name: BASES[name] for name in ("adamw", "mars-m")}
@@ -123,6 +124,28 @@ def test_ctrl_c_then_the_same_command(
     assert "Budget of the tuning" in page
     assert "final validation loss against lr" in page
     assert "| adamw | 2 | 0 | 0 | 16 | 512 |" in (folder / "results.md").read_text()
+
+
+@pytest.mark.parametrize("search", ["grid", "random"])
+def test_a_trial_that_ended_before_it_began_is_handed_out_again(
+    search: str, base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = 2 if search == "random" else None
+    plan = make(base, tmp_path / "sweep", search=search, trials=trials, optimizers=("adamw",), seeds=1)
+    plans.begin(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "suggest_float", killed)
+        patch.setattr(Trial, "suggest_categorical", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work(plan.folder)
+    assert [trial.state.name for trial in Studies(plan).trials("adamw")] == ["RUNNING"]
+    work(plan.folder)
+    assert [trial.state.name for trial in Studies(plan).trials("adamw")] == ["COMPLETE"] * 2
+    assert len(summaries(plan.folder)) == 3
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def wait_until(is_true: Any, process: subprocess.Popen[Any]) -> None:
@@ -243,11 +266,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["sweep", *options])
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not list(tmp_path.iterdir())
+    assert_refused(["sweep", *options], message, tmp_path, capsys)
 
 
 def test_a_storage_that_cannot_be_opened_is_named(base: RunConfig, tmp_path: Path) -> None:

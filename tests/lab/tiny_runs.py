@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from mars_lab.cli import main
 from mars_lab.report.rows import read_rows
 from mars_lab.training.checkpoint import plain
 from mars_lab.training.config import RunConfig
@@ -63,6 +65,15 @@ def start_mars(*args: str, cwd: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def assert_refused(args: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`mars ARGS` ends with exit code 2 and `message` in what it says, and leaves nothing in `place`."""
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(place.iterdir())
 
 
 def outcome(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

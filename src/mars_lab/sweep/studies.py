@@ -4,11 +4,11 @@ import logging
 from functools import cache
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 
 from mars_lab.errors import InputError
@@ -36,14 +36,17 @@ class Studies:
     def ask(self, optimizer: str) -> Trial:
         """A new trial; of a grid the next point."""
         study = self._study(optimizer)
+        if self._plan.config.search != "grid":
+            return self._with_point(optimizer, study.ask())
+        # A trial that waits in Optuna's queue would be left there by a process that ends here; this is one insertion.
         own = self._plan.spaces[optimizer]
-        if self._plan.config.search == "grid":
-            study.enqueue_trial(space.grid(own)[len(self.trials(optimizer))])
-        return study.ask(self._distributions(own))
+        point = space.grid(own)[len(self.trials(optimizer))]
+        study.add_trial(create_trial(state=TrialState.RUNNING, params=point, distributions=self._distributions(own)))
+        return self.reopened(optimizer, self.trials(optimizer)[-1])
 
     def reopened(self, optimizer: str, trial: FrozenTrial) -> Trial:
         """A trial that another process began."""
-        return Trial(self._study(optimizer), trial._trial_id)
+        return self._with_point(optimizer, Trial(self._study(optimizer), trial._trial_id))
 
     def tell(self, optimizer: str, number: int, value: float | None) -> None:
         """What the trial came to; None if it was pruned."""
@@ -55,6 +58,15 @@ class Studies:
         complete = [t for t in self.trials(optimizer) if t.state == TrialState.COMPLETE and t.value is not None]
         best = min(complete, key=lambda trial: trial.value or 0.0, default=None)
         return None if best is None or best.value == DIVERGED else best.params
+
+    def _with_point(self, optimizer: str, trial: Trial) -> Trial:
+        """`trial` with a value of every hyperparameter: those that it has, and new ones."""
+        for field, values in self._distributions(self._plan.spaces[optimizer]).items():
+            if isinstance(values, FloatDistribution):
+                trial.suggest_float(field, values.low, values.high, log=values.log)
+            else:
+                trial.suggest_categorical(field, values.choices)
+        return trial
 
     def _opened(self, optimizer: str) -> optuna.Study:
         return optuna.create_study(
@@ -69,7 +81,7 @@ class Studies:
         seed = self._plan.config.base.train.seed
         return TPESampler(seed=seed) if self._plan.config.search == "tpe" else RandomSampler(seed=seed)
 
-    def _distributions(self, own: space.Space) -> dict[str, BaseDistribution]:
+    def _distributions(self, own: space.Space) -> dict[str, FloatDistribution | CategoricalDistribution]:
         if self._plan.config.search == "grid":
             return {field: CategoricalDistribution(values) for field, values in own.items()}
         return {
