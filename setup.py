@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("src/mars_optim/backends/csrc")
+SOURCES = Path("src/mars_optim/native/csrc")
 MSVC_FLAGS = ["/std:c++17", "/O2", "/fp:precise", "/EHsc"]
 # No contraction: all levels of the instruction set give the same bits.
 FLAGS = [
@@ -56,7 +56,7 @@ class BdistWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "mars_optim.backends._native",
+            "mars_optim.native._native",
             sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             extra_compile_args=[*FLAGS, "-pthread"],

@@ -35,6 +35,7 @@ PROTOCOL = "test_optimizer_protocol.py"
 MEMORY = "test_memory.py"
 FORMATS = "test_formats.py"
 NATIVE = "test_native_library.py"
+PRODUCT = "test_native_product.py"
 POLAR = "test_polar_methods.py"
 CHECKS = "test_torch_checks.py"
 
@@ -513,6 +514,16 @@ MUTANTS = [
         "F::round(x[i], 0)",
         (NATIVE, "test_"),
     ),
+    mutant(
+        "native: a triangle's mirror too low", "std::max(top, column + kColumns)", "top + kColumns", (PRODUCT, "test_")
+    ),
+    mutant(
+        "native: bfloat16 pairs swapped",
+        "or_si512(low, _mm512_slli_epi32(high",
+        "or_si512(high, _mm512_slli_epi32(low",
+        (PRODUCT, "test_"),
+    ),
+    mutant("native: an addend's factor", "_mm512_set1_ps(beta), x)", "_mm512_set1_ps(alpha), x)", (PRODUCT, "test_")),
     # Polar factors.
     mutant("no restart", "count = -(-steps // longest)", "count = 1", (POLAR, "form_and_restarts")),
     mutant("three steps in half precision", "2 if dtype in HALF else 3", "3", (POLAR, "far_above")),

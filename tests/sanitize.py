@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "src" / "mars_optim" / "backends" / "csrc"
+SOURCES = ROOT / "src" / "mars_optim" / "native" / "csrc"
 FLAGS = [
     "-std=c++17",
     "-O1",

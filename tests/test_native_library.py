@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mars_optim.backends import native_library as native
-from mars_optim.backends.native_library import Flag, Format, Isa, NativeUnavailable, Op, Rounding
+from mars_optim.backends.native_library import Flag, Format, Op, Rounding
+from mars_optim.native import Isa, NativeUnavailable, library
 from native_oracle import (
     PLAIN,
     Operand,
@@ -568,7 +569,7 @@ def test_a_call_that_makes_no_sense_is_refused(wrong):
         native.run(call, bytearray(native.RECORD.size), 1)
 
 
-@pytest.mark.parametrize("isa", [library.isa for library in LIBRARIES], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", [one.isa for one in LIBRARIES], ids=lambda isa: isa.name)
 def test_the_environment_forces_a_level(isa, monkeypatch):
     monkeypatch.setenv("MARS_NATIVE_ISA", isa.name.lower())
     assert native.load.__wrapped__().isa == isa
@@ -582,13 +583,13 @@ def test_an_unknown_level_is_an_error(monkeypatch):
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(NativeUnavailable, match=r"not built.*install a C\+\+17 compiler"):
-        native._open(tmp_path / "_native.so")
+        library.opened(tmp_path / "_native.so")
     (tmp_path / "_native.so").write_text("not a library")
     with pytest.raises(NativeUnavailable, match="does not load"):
-        native._open(tmp_path / "_native.so")
-    monkeypatch.setattr(native, "ABI_VERSION", 999)
+        library.opened(tmp_path / "_native.so")
+    monkeypatch.setattr(library, "ABI_VERSION", 999)
     with pytest.raises(NativeUnavailable, match="needs 999"):
-        native.load.__wrapped__()
+        library.handle.__wrapped__()
 
 
 def test_a_process_that_used_threads_exits():

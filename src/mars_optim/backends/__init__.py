@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mars_optim.batch import Batch
+from mars_optim.native import NativeUnavailable
 from mars_optim.sharding import local
 
 from . import foreach, reference
-from .native_library import NativeUnavailable
 from .triton import TritonUnavailable
 from .unpacked import pack_, unpack
 

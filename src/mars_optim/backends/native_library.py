@@ -1,30 +1,22 @@
-"""The native CPU kernels as a C library: finding it, and the memory layout of its arguments.
+"""The optimizer's steps in the native library: the memory layout of their arguments.
 
-`csrc/abi.h` is the other half of this file. Nothing here knows tensors: operands are addresses.
+`native/csrc/abi.h` is the other half of this file. Nothing here knows tensors: operands are addresses.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
-import sys
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cache
-from pathlib import Path
+
+from mars_optim.native import Isa, NativeUnavailable, forced_isa, handle
 
 # A writable buffer, or its address.
 Memory = int | bytearray | memoryview
 
-ABI_VERSION = 1
 Q8_BLOCK = 128  # elements that share one scale
-
-_NAME = "_native.dll" if sys.platform == "win32" else "_native.so"
-
-
-class NativeUnavailable(RuntimeError):  # noqa: N818 - a state of the installation, not a mistake
-    """The kernels cannot run here; the message names the cause and the remedy."""
 
 
 class Op(IntEnum):
@@ -71,14 +63,6 @@ class Flag(IntFlag):
     AMSGRAD = 2
     STOCHASTIC_M = 4
     STOCHASTIC_V = 8
-
-
-class Isa(IntEnum):
-    """Levels of the instruction set. All give the same bits."""
-
-    BASELINE = 0
-    AVX2 = 1
-    AVX512 = 2
 
 
 class Call(ctypes.Structure):
@@ -180,53 +164,24 @@ def load(isa: Isa | None = None) -> Library:
     Raises:
         NativeUnavailable: the message names the cause and the remedy.
     """
-    handle = _open(Path(__file__).with_name(_NAME))
-    levels = [level for level in Isa if handle.mars_isa_levels() >> level & 1]
-    wanted = isa if isa is not None else _forced_isa()
-    if wanted is None:
-        return Library(handle, levels[-1])
-    if wanted not in levels:
-        raise NativeUnavailable(
-            f"the native kernels have no level {wanted.name.lower()} on this CPU, which has "
-            f"{', '.join(level.name.lower() for level in levels)}; unset MARS_NATIVE_ISA"
-        )
-    return Library(handle, wanted)
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    if ctypes.sizeof(ctypes.c_void_p) != 8:
-        raise NativeUnavailable("the native kernels need a 64-bit Python; use a 64-bit build of it")
-    if not path.exists():
-        raise NativeUnavailable(
-            f"the native kernels were not built ({path.name} is missing); install a C++17 compiler and mars-optim again"
-        )
-    try:
-        handle = ctypes.CDLL(str(path))
-        version = int(handle.mars_abi_version())
-    except (OSError, AttributeError) as error:
-        raise NativeUnavailable(f"{path.name} does not load ({error}); reinstall mars-optim on this machine") from error
-    if version != ABI_VERSION:
-        raise NativeUnavailable(
-            f"{path.name} has interface version {version}, this mars-optim needs {ABI_VERSION}; reinstall mars-optim"
-        )
-    handle.mars_run.argtypes = (
+    library = handle()
+    library.mars_run.argtypes = (
         ctypes.c_int32,
         ctypes.POINTER(Call),
         ctypes.c_void_p,
         ctypes.c_int64,
         ctypes.c_void_p,
     )
-    return handle
-
-
-def _forced_isa() -> Isa | None:
-    name = os.environ.get("MARS_NATIVE_ISA", "")
-    if not name:
-        return None
-    names = [level.name.lower() for level in Isa]
-    if name not in names:
-        raise NativeUnavailable(f"MARS_NATIVE_ISA is {name!r}; it must be one of {', '.join(names)}, or unset")
-    return Isa(names.index(name))
+    levels = [level for level in Isa if library.mars_isa_levels() >> level & 1]
+    wanted = isa if isa is not None else forced_isa()
+    if wanted is None:
+        return Library(library, levels[-1])
+    if wanted not in levels:
+        raise NativeUnavailable(
+            f"the native kernels have no level {wanted.name.lower()} on this CPU, which has "
+            f"{', '.join(level.name.lower() for level in levels)}; unset MARS_NATIVE_ISA"
+        )
+    return Library(library, wanted)
 
 
 def _address(buffer: Memory) -> int:

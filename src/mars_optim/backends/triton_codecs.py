@@ -1,4 +1,4 @@
-"""Blocks of elements from and to their storage formats, in Triton: the formats of csrc/codecs.h and csrc/weights.h.
+"""Blocks of elements from and to their storage formats, in Triton: those of native/csrc/codecs.h and weights.h.
 
 A format is the Triton type of the stored elements; int8 and uint8 are the two 8-bit formats. Element i of a block
 stands at row i // 128, column i % 128, so that a row shares a scale. FULL: the whole block lies inside the tensor, and

@@ -1,4 +1,4 @@
-"""The step in Triton, over all tensors of a batch in each launch: the arithmetic of csrc/steps.h and csrc/norms.h.
+"""The step in Triton, over all tensors of a batch in each launch: that of native/csrc/steps.h and norms.h.
 
 `table` has a column of `count` 64-bit words for each name in `COLUMNS`; `blocks` says on which tensor, and which block
 of it, a program works; `records` holds each tensor's `NUMBERS`, which `prepare` computes in float64 from what the host

@@ -34,7 +34,8 @@ def by_newton(x: Tensor) -> Tensor:
     result = square
     tolerance = square.shape[-1] * torch.finfo(x.dtype).eps
     for _ in range(_MAX_NEWTON_STEPS):
-        inverse, _ = torch.linalg.inv_ex(result)
+        # One by one: batches of LU factorisations on several threads are wrong, or raise (pytorch/pytorch#142815).
+        inverse = torch.stack([torch.linalg.inv_ex(matrix)[0] for matrix in result])
         z = (_norms(inverse) / _norms(result)).sqrt().sqrt()
         new = (z * result + inverse.mT / z) / 2
         change = torch.linalg.matrix_norm(new - result)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .minimax import Triple
-from .symmetric import product, symmetric_product
+from .symmetric import product, symmetric_product, transposed_product
 
 _GRAM_FROM = 256  # rows
 FORMS = ("auto", "standard", "gram")
@@ -43,7 +43,7 @@ def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto", 
         scalar, rest = _polynomial_of_gram(x, steps, keep_multiple_of_identity=start == 0 or form == "standard")
         start += length
         if transposed and start == len(polynomials):
-            return product(x.mT, rest, x.mT, beta=scalar)
+            return transposed_product(rest, x, x, beta=scalar)
         x = product(rest, x, x, beta=scalar)
     return x
 

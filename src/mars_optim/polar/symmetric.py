@@ -1,8 +1,9 @@
 """Products of matrices that are known to be symmetric: half of the result is a mirror image of the other half.
 
-On the CPU the lower triangle is computed in strips of rows, and each strip is mirrored: with k strips this needs
-(k + 1) / (2k) of the multiplications. On CUDA a Triton kernel computes the tiles of one triangle and stores each twice;
-it is used after `use_triton(True)`. Elsewhere, and where matrices are too small to gain, the product is a plain one.
+On the CPU the native kernel does this where there is one; elsewhere the lower triangle is computed in strips of rows,
+and each strip is mirrored: with k strips this needs (k + 1) / (2k) of the multiplications. On CUDA a Triton kernel
+computes the tiles of one triangle and stores each twice; it is used after `use_triton(True)`. Where matrices are too
+small to gain, the product is a plain one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .native_product import is_eager, native_product, takes
 
 _BLOCKED_FROM = 512  # rows; below, calls cost more than the multiplications they save (`benchmarks/polar.py`)
 _triton = False
@@ -46,12 +49,9 @@ def symmetric_product(
         from .triton_symmetric import triangle_product
 
         return triangle_product(left, right, addend, beta, alpha)
-    plain = left.ndim == 3 or left.device.type != "cpu" or n < _BLOCKED_FROM
-    if (
-        plain
-        or torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
-    ):
+    if takes(left, right, addend):
+        return native_product(left, right, addend, beta=beta, alpha=alpha, is_symmetric=True)
+    if left.ndim == 3 or left.device.type != "cpu" or n < _BLOCKED_FROM or not is_eager(left, right):
         return product(left, right, addend, beta=beta, alpha=alpha)
     result = left.new_empty(n, n)
     count = 3 if n < 1200 else 6
@@ -71,8 +71,17 @@ def product(
     left: Tensor, right: Tensor, addend: Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
     """Return beta * addend + alpha * left @ right, of matrices or of batches; alpha needs an addend."""
+    if takes(left, right, addend):
+        return native_product(left, right, addend, beta=beta, alpha=alpha)
     if addend is None or beta == 0:
         return left @ right
     if left.ndim == 2:
         return torch.addmm(addend, left, right, beta=beta, alpha=alpha)
     return torch.baddbmm(addend, left, right, beta=beta, alpha=alpha)
+
+
+def transposed_product(left: Tensor, right: Tensor, addend: Tensor, *, beta: float) -> Tensor:
+    """Return the transpose of beta * addend + left @ right, stored row by row; `left` is symmetric up to rounding."""
+    if takes(left, right, addend):
+        return native_product(left, right, addend, beta=beta, transposed=True)
+    return product(right.mT, left, addend.mT, beta=beta)

@@ -4,9 +4,15 @@
 
 #include <cstdint>
 
+#ifdef _WIN32
+#define MARS_EXPORT extern "C" __declspec(dllexport)
+#else
+#define MARS_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace mars {
 
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 constexpr int kQ8Block = 128;  // elements that share one scale
 
 enum Op : int32_t { kProducts, kAdamw, kLion, kMomentum, kDescend, kNumOps };
@@ -67,6 +73,32 @@ struct Record {
     double prev_norm;  // infinity: with them a clip that is not needed is recognised without reading g'
 };
 static_assert(sizeof(Call) == 80 && sizeof(Record) == 26 * 8, "native_library.py packs these by hand");
+
+enum ProductFlag : int32_t { kRightTransposed = 1, kOutTransposed = 2, kTriangle = 4 };
+
+// out = beta addend + alpha left right. Matrices are stored row by row, a stride being the distance of rows in numbers;
+// `right` and `out` may be given as their transposes. A triangle: the result is symmetric up to rounding, its lower part is
+// computed and mirrored; what `out` had must not overlap an operand.
+struct Product {
+    int32_t format;  // of all four: F32, BF16
+    int32_t flags;
+    int32_t num_threads;
+    int32_t reserved;
+    int64_t rows;
+    int64_t columns;
+    int64_t depth;  // that is summed over; even for BF16
+    const void* left;
+    const void* right;
+    const void* addend;  // null where there is none
+    void* out;
+    int64_t left_stride;
+    int64_t right_stride;
+    int64_t addend_stride;
+    int64_t out_stride;
+    double alpha;
+    double beta;
+};
+static_assert(sizeof(Product) == 120, "native_product.py mirrors it");
 
 // What each level of the instruction set provides: the same functions over a range of one tensor's elements that starts
 // at a multiple of kQ8Block. `measure` adds nothing up across calls: it overwrites sums[0..2].

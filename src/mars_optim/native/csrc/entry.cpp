@@ -11,12 +11,6 @@
 #include "abi.h"
 #include "pool.h"
 
-#ifdef _WIN32
-#define MARS_EXPORT extern "C" __declspec(dllexport)
-#else
-#define MARS_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace mars {
 namespace {
 
