@@ -47,20 +47,28 @@ SHAPES = (
 
 def _row(shape: Shape, num_shards: int, num_replicas: int, tflops: float, gbps: float) -> str:
     tensors = shape.tensors()
-    cost: StepCost = sharded_step(tensors, num_shards=num_shards, num_replicas=num_replicas)
+    cost, coded = (
+        sharded_step(tensors, num_shards=num_shards, num_replicas=num_replicas, exchange_precision=precision)
+        for precision in ("bf16", "8bit")
+    )
     numel = sum(t.numel for t in tensors)
     # Any optimizer under fully_shard: weights in bf16 gathered twice, gradients scattered in bf16 within the shards,
     # and added up across the replicas.
     share = (num_shards - 1) / num_shards
     moved = 3 * 2 * numel * share + (2 * 2 * numel / num_shards if num_replicas > 1 else 0)
-    added = cost.all_to_all_bytes + cost.all_gather_bytes * (num_replicas - 1) + cost.broadcast_bytes
+    added, in_8bit = (_moved(c, num_replicas) for c in (cost, coded))
     multiplying = 2 * cost.multiply_adds / (tflops * 1e12)
     layout = f"FSDP {num_shards}" if num_replicas == 1 else f"HSDP {num_replicas} x {num_shards}"
     return (
         f"| {shape.name} | {layout} | {cost.state_bytes / 2**30:.3g} | {moved / 1e9:.3g} | {added / 1e9:.3g} | "
-        f"{added / moved:.1%} | {2 * cost.multiply_adds / 1e12:.3g} | {1e3 * multiplying:.3g} | "
-        f"{1e3 * added / gbps / 1e9:.3g} |"
+        f"{added / moved:.1%} | {in_8bit / 1e9:.3g} | {in_8bit / moved:.1%} | {2 * cost.multiply_adds / 1e12:.3g} | "
+        f"{1e3 * multiplying:.3g} | {1e3 * added / gbps / 1e9:.3g} |"
     )
+
+
+def _moved(cost: StepCost, num_replicas: int) -> int:
+    """Bytes of matrices that a rank sends or receives."""
+    return cost.all_to_all_bytes + cost.all_gather_bytes * (num_replicas - 1) + cost.broadcast_bytes
 
 
 def main() -> None:
@@ -71,9 +79,8 @@ def main() -> None:
     args = parser.parse_args()
     print(
         "| parameters | layout | state GiB a GPU | GB moved by any optimizer | GB added by MARS-M | added | "
-        f"TFLOP of polar factors | ms of them at {args.tflops:g} TFLOP/s | ms of GB added at {args.gbps:g} GB/s |\n"
-        + "| --- " * 9
-        + "|"
+        "GB added with 8bit | added | TFLOP of polar factors | "
+        f"ms of them at {args.tflops:g} TFLOP/s | ms of GB added at {args.gbps:g} GB/s |\n" + "| --- " * 11 + "|"
     )
     for shape in SHAPES:
         for num_ranks in (8, 64, 512, 4096):

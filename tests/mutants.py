@@ -490,6 +490,30 @@ MUTANTS = [
         "allowed.append(None)",
         ("test_sharding.py", "stays"),
     ),
+    mutant(
+        "spacing of codes alike",
+        "values.abs().sqrt_().mul_(top)",
+        "values.abs().mul_(top)",
+        ("test_wire.py", "half_a_spacing"),
+    ),
+    mutant(
+        "ten bits back",
+        "_BITS_THERE, _BITS_BACK = 10, 6",
+        "_BITS_THERE, _BITS_BACK = 10, 10",
+        ("test_wire.py", "both_ways"),
+    ),
+    sharded(
+        "gathered matrices not rounded",
+        "momentum[held] = there.rounded(momentum[held])",
+        "momentum[held] = momentum[held]",
+        "2 fsdp m oracle",
+    ),
+    sharded(
+        "copies of matrices coded",
+        "self.there = Wire(self.there.dtype)",
+        "pass",
+        "2 ddp m oracle",
+    ),
     # The native kernels: each is built anew.
     mutant("native: clip factor upside down", "call_.clip_norm / norm", "norm / call_.clip_norm", (NATIVE, "test_")),
     mutant("native: v of c", "k.rest2 * (c * c)", "k.rest2 * c", (NATIVE, "test_")),

@@ -4,7 +4,9 @@
 
 Each case is 20 steps in float64 (or as it says) on the same global batches. `train`: the largest difference between
 any two weights of the model trained on many processes and on one. `move`: the same where the second half of the steps
-is taken in another layout, through a checkpoint. `count`: 0 where a step's collectives are the cost model's.
+is taken in another layout, through a checkpoint. `rounds`: the same as `train` where few matrices travel at a time.
+`oracle`: the difference from the same layout with `gather_matrices=True`. `count`: 0 where a step's collectives are the
+cost model's. `contain`: 0 where an inf or nan stays in its matrix.
 """
 
 from __future__ import annotations
@@ -32,53 +34,14 @@ from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.multiprocessing.spawn import start_processes
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mars_optim import MARS, Preconditioner, register_preconditioner
 from mars_optim.backends import Backend
 from mars_optim.batch import Batch
-from mars_optim.costs import TensorSpec, replicated_step, sharded_step
 from mars_optim.sharding import plan, replicas
+from sharded_cases import CASES, LAYOUTS
+from sharded_traffic import Traffic, counted
 from sharded_training import STEPS, Case, build, optimizer_of, spread, train, whole
-
-LAYOUTS = {
-    2: ("ddp", "ddp + sharded state", "fsdp", "tp"),
-    4: ("ddp", "ddp + sharded state", "fsdp", "hsdp 2x2", "fsdp 2 x tp 2"),
-}
-
-
-def _cases() -> list[Case]:
-    cases: list[Case] = []
-    for world, layouts in LAYOUTS.items():
-        for layout in layouts:
-            cases += [Case(layout, mars_type, world) for mars_type in ("adamw", "lion", "shampoo", "m")]
-            if layout != "ddp + sharded state":
-                cases += [Case(layout, t, world, {"is_approx": False}) for t in ("adamw", "m")]
-    for layout in ("ddp", "fsdp", "fsdp 2 x tp 2"):
-        cases.append(Case(layout, "m", 4, {"gather_matrices": True}))
-        cases.append(Case(layout, "m", 4, {"clip_norm": None, "fused": False}))
-    for layout in ("ddp + sharded state", "hsdp 2x2"):
-        cases.append(Case(layout, "adamw", 4, {"skip_nonfinite": True}))
-        cases.append(Case(layout, "adamw", 4, {"state_precision": "8bit"}, tolerance=0.1))
-        # Momenta travel in bfloat16 there. Singular values end within 0.03 of 1: 20 steps of 0.02 move weights 0.01
-        # apart, and different weights have different gradients.
-        cases.append(Case(layout, "m", 4, {"polar_dtype": torch.bfloat16}, "float32", tolerance=0.03))
-    for layout in ("ddp", "ddp + sharded state", "fsdp", "hsdp 2x2"):
-        cases += [Case(layout, t, 4, check="count") for t in ("adamw", "m")]
-    for layout, to in (("fsdp", ("hsdp 2x2", "ddp", "alone")), ("ddp + sharded state", ("fsdp", "alone"))):
-        cases += [Case(layout, t, 4, check="move", to=to) for t in ("adamw", "m")]
-    cases += [Case("alone", t, 4, check="move", to=("fsdp", "ddp + sharded state", "ddp")) for t in ("adamw", "m")]
-    cases.append(Case("fsdp", "adamw", 4, {"is_approx": False}, check="move", to=("hsdp 2x2", "alone")))
-    eight_bits = {"state_precision": "8bit"}
-    cases.append(Case("fsdp", "adamw", 4, eight_bits, tolerance=0.1, check="move", to=("hsdp 2x2", "alone")))
-    cases.append(Case("any", "any", 2, check="refuse"))
-    for layout in ("ddp + sharded state", "hsdp 2x2"):
-        cases += [Case(layout, "m", 4, check="rounds"), Case(layout, "m", 4, {}, "mixed", 1e-5)]
-    cases += [Case("tp", t, 2, check="partial") for t in ("adamw", "m")]
-    return cases
-
-
-CASES = _cases()
 
 
 def _difference(case: Case) -> float:
@@ -98,6 +61,16 @@ def _difference(case: Case) -> float:
         dist.broadcast(first, 0)
         assert torch.equal(found, first), "ranks disagree"
     return largest
+
+
+def _from_oracle(case: Case) -> float:
+    """The weights' difference between matrices exchanged and gathered whole on every rank."""
+    weights: list[list[Tensor]] = []
+    for options in ({}, {"gather_matrices": True}):
+        model, own, rank, num_ranks = spread(case, build(case))
+        train(case, model, optimizer_of(case, model, **own, **options), rank, num_ranks)
+        weights.append([whole(p) for p in model.parameters()])
+    return max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))
 
 
 def _moved(case: Case) -> float:
@@ -159,56 +132,26 @@ def _through_checkpoint(other: Case, model: nn.Module, optimizer: MARS) -> nn.Mo
     return moved
 
 
-class Traffic(TorchDispatchMode):
-    """Counts collectives, and the bytes that this rank hands to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, tuple[int, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if name.startswith(("c10d.", "_c10d_functional.")):
-            given = args[0] if "allreduce" in name or "broadcast" in name else args[1:2]
-            num_bytes = sum(t.nbytes for t in given if isinstance(t, Tensor))
-            count, before = self.found.get(name.split(".")[1], (0, 0))
-            self.found[name.split(".")[1]] = count + 1, before + num_bytes
-        return func(*args, **(kwargs or {}))
-
-
-def _is_matrix(p: Tensor, group: dict[str, Any]) -> bool:
-    return p.ndim > 1 and (group["preconditioner"] or group["mars_type"]) in ("polar", "shampoo", "m")
-
-
-def _counted(case: Case) -> float:
-    """0 where one step's collectives are those of the cost model, in number and in bytes."""
-    model, options, rank, num_ranks = spread(case, build(case))
-    optimizer = optimizer_of(case, model, **options)
-    train(case, model, optimizer, rank, num_ranks, 0, 1)
-    with Traffic() as traffic:
+def _contained(case: Case) -> float:
+    """0 where an inf or nan in one piece of a gradient makes that matrix nan, and nothing else."""
+    options = case.options | {"clip_norm": None, "max_grad_norm": None}
+    for bad in (torch.inf, torch.nan):
+        model, _, rank, num_ranks = spread(case, build(case))
+        optimizer = optimizer_of(replace(case, options=options), model)
+        train(case, model, optimizer, rank, num_ranks, 0, 1)
+        spoilt = next(p for name, p in model.named_parameters() if name.endswith("1.qkv.weight"))
+        assert isinstance(spoilt.grad, DTensor)
+        mesh = spoilt.grad.device_mesh
+        if mesh.get_local_rank(mesh.ndim - 1) == 0:  # on every replica
+            spoilt.grad.to_local()[0, 0] = bad
         optimizer.step()
-    tensors = [
-        TensorSpec(tuple(p.shape), g["matrix_view"] if _is_matrix(p, g) else None)
-        for g in optimizer.param_groups
-        for p in g["params"]
-        if p.grad is not None
-    ]
-    if case.layout == "ddp + sharded state":
-        cost = replicated_step(tensors, num_ranks=num_ranks, rank=rank, param_bytes=8)
-    else:
-        num_shards = {"ddp": 1, "hsdp 2x2": 2}.get(case.layout, case.world)
-        place = divmod(dist.get_rank(), num_shards)
-        cost = sharded_step(
-            tensors, num_shards=num_shards, num_replicas=case.world // num_shards, rank=place, wire_bytes=8
-        )
-    expected = {
-        "alltoall_base_": (cost.all_to_alls, cost.all_to_all_bytes),
-        "_allgather_base_": (cost.all_gathers, cost.all_gather_bytes),
-        "broadcast_": (cost.broadcasts, cost.broadcast_bytes),
-        "allreduce_": (cost.all_reduces, cost.all_reduce_bytes),
-    }
-    expected = {name: pair for name, pair in expected.items() if pair[0]}
-    assert traffic.found == expected, f"found {traffic.found}, expected {expected}"
+        for p in model.parameters():
+            found = whole(p).isnan()
+            if p is spoilt:
+                query = found[: len(found) // 3]
+                assert query.all(), f"{query.sum()} of the matrix's {query.numel()} elements are nan"
+                found = found[len(query) :]
+            assert not found.any(), "nan reached another matrix"
     return 0.0
 
 
@@ -279,10 +222,12 @@ def _partial(case: Case) -> float:
 
 CHECKS = {
     "train": _difference,
+    "oracle": _from_oracle,
     "move": _moved,
-    "count": _counted,
+    "count": counted,
     "refuse": _refused,
     "partial": _partial,
+    "contain": _contained,
     "rounds": _in_rounds,
 }
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mars_optim.costs import TensorSpec, sharded_step
-from mars_optim.sharding import Cut, Part, assign, make_plan
+from mars_optim.sharding import Cut, Part, assign, make_plan, sizes_of
 from sharded_checks import CASES, LAYOUTS, run
 
 
@@ -54,12 +54,31 @@ def test_every_element_travels_once_and_returns(rows: int, num_shards: int, num_
     for (replica, shard), rounds in views.items():
         for i, r in enumerate(rounds):
             for other in range(num_shards):  # what one says it sends, the other expects
-                assert r.sent[other] == views[replica, other][i].received[shard]
+                assert sizes_of(r.outgoing[other]) == sizes_of(views[replica, other][i].incoming[shard])
         held = Counter(piece.job for r in rounds for pieces in r.results for piece in pieces)
         start, stop = bounds[shard]
         assert held == (Counter(range(count)) if stop > start else Counter())
         numel = sum(piece.size for r in rounds for pieces in r.results for piece in pieces)
         assert numel == count * (stop - start) * 3
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+def test_coded_matrices_go_and_return_in_the_bytes_of_one_exchange_in_bf16(num_shards: int) -> None:
+    width = 64
+    layer = [TensorSpec((3 * width, width), ("split", 0, (width,) * 3))]
+    layer += [TensorSpec(shape, "flatten") for shape in ((width, width), (4 * width, width), (width, 4 * width))]
+    coded, plain = (
+        sum(
+            sharded_step(layer, num_shards=num_shards, rank=(0, rank), exchange_precision=precision).all_to_all_bytes
+            for rank in range(num_shards)
+        )
+        for precision in ("8bit", "bf16")
+    )
+    # Rows of Q, K and V begin and end in the middle of ranks: with 2 ranks K lies on both, with 4 each on two.
+    num_pieces = 3 * num_shards + (4 if num_shards == 2 else 6)
+    one_way = 2 * sum(spec.numel for spec in layer)
+    assert plain == 2 * one_way
+    assert coded == one_way + 8 * num_pieces
 
 
 def test_a_matrix_that_one_rank_holds_stays_there() -> None:
@@ -69,4 +88,4 @@ def test_a_matrix_that_one_rank_holds_stays_there() -> None:
     cut = Cut(tuple(((i, i + 1), (0, 64), (0, 64)) for i in range(4)))
     parts = tuple(Part(0, ((i, i + 1), (0, 64), (0, 64)), 1.0 + i) for i in range(4))
     (only,) = make_plan(parts, (cut,), 1, (0, 2))
-    assert only.sent == [0, 0, 64 * 64, 0]
+    assert [sizes_of(pieces) for pieces in only.outgoing] == [[], [], [64 * 64], []]

@@ -724,7 +724,7 @@ def test_can_load_older_state_dict(kind: Kind) -> None:
     flags = [
         *("foreach", "differentiable", "maximize", "capturable", "fused", "skip_nonfinite", "max_grad_norm"),
         *("preconditioner", "update_scale", "polar_method", "polar_coefficients", "polar_steps", "polar_dtype"),
-        *("matrix_view", "matrix_transposed"),
+        *("matrix_view", "matrix_transposed", "exchange_precision"),
     ]
     for options in kind.configurations([{}]):
         model, x = convolution()

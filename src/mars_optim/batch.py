@@ -42,6 +42,7 @@ class Treatment:
     matrix_view: MatrixView
     matrix_transposed: bool
     param_rounding: str
+    exchange_precision: str | None
 
     @property
     def rounds_params_stochastically(self) -> bool:

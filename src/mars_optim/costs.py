@@ -10,8 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .polar import MatrixView, PolarMethod, matrix_shape, parts, polar_work
-from .sharding import Cut, Part, assign, make_plan, pads
+from .sharding import Cut, Part, assign, make_plan, pads, sizes_of, wires
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def sharded_step(
     num_replicas: int = 1,
     rank: tuple[int, int] = (0, 0),
     how: PolarMethod | None = None,
-    wire_bytes: int = 2,
+    exchange_precision: str = "bf16",
+    momentum: torch.dtype = torch.float32,
     clips: bool = True,
 ) -> StepCost:
     """Return what a step costs the rank (replica, shard) where tensors are cut along their first dimension.
@@ -63,7 +66,9 @@ def sharded_step(
         num_replicas: ranks that hold the same pieces.
         rank: whose costs are wanted.
         how: method of the polar factors; None: the default.
-        wire_bytes: bytes an element as it travels: 2 for bfloat16, 4 for fp32.
+        exchange_precision: how matrices travel, as the optimizer's hyperparameter, which by default is `"bf16"` where
+            polar factors are computed in it.
+        momentum: dtype of the momenta, in which `"fp32"` has them travel.
         clips: some norm is asked for, of each corrected gradient or of all gradients.
     """
     how = how or PolarMethod()
@@ -80,11 +85,14 @@ def sharded_step(
     held = sum(_size(_rows(t.shape, rank[1], num_shards)) for t in tensors)
     of_matrices = sum(_size(cut.boxes[rank[1]]) for cut in cuts)
     shares = num_shards > 1
+    there, back = wires(exchange_precision, momentum)
+    ways = [(wire, way) for r in rounds for wire, way in ((there, r.outgoing), (back, r.incoming)) if shares]
+    told = [[back.length(sizes_of(pieces)) for pieces in r.results] for r in rounds if num_replicas > 1]
     return StepCost(
         multiply_adds=sum(part.work for r in rounds for part in r.mine),
-        all_to_all_bytes=sum(sum(r.sent) + sum(r.received) for r in rounds) * wire_bytes if shares else 0,
-        all_to_alls=2 * len(rounds) if shares else 0,
-        **_gathering([r.gathered for r in rounds] if num_replicas > 1 else [], wire_bytes),
+        all_to_all_bytes=sum(wire.length(sizes_of(p)) * wire.item_bytes for wire, way in ways for p in way),
+        all_to_alls=len(ways),
+        **_gathering(told, back.item_bytes),
         all_reduce_bytes=len(tensors) * 3 * 8 if spreads and shares and clips else 0,
         all_reduces=int(spreads and shares and clips),
         state_bytes=12 * held - 4 * of_matrices,
@@ -128,7 +136,7 @@ def replicated_step(
 
 
 def _gathering(rounds: Sequence[Sequence[int]], item_bytes: int) -> dict[str, int]:
-    """What it takes to tell all ranks what each has: the elements of each rank, for each round."""
+    """What it takes to tell all ranks what each has: the items of each rank, for each round."""
     padded = [sizes for sizes in rounds if any(sizes) and pads(sizes)]
     single = [sizes for sizes in rounds if any(sizes) and not pads(sizes)]
     return {

@@ -51,6 +51,7 @@ def treatments(group: dict[str, Any]) -> tuple[Treatment, Treatment]:
         matrix_view=group["matrix_view"],
         matrix_transposed=group["matrix_transposed"],
         param_rounding=group["param_rounding"],
+        exchange_precision=group["exchange_precision"],
     )
     if group["optimize_1d"]:
         if PRECONDITIONERS[main.preconditioner].matrix_only:
@@ -182,6 +183,9 @@ def check(group: dict[str, Any]) -> None:
     group["polar_coefficients"] = plain_coefficients(group["polar_coefficients"])
     polar_method(group)
     _check_precision(group["state_precision"])
+    exchanged = group["exchange_precision"]
+    if exchanged is not None and exchanged not in PRECISIONS:
+        raise ValueError(f"exchange_precision must be None or one of {', '.join(PRECISIONS)}; got {exchanged!r}")
     if group["offload_state"] and (group["capturable"] or group["differentiable"]):
         raise ValueError(
             "offload_state=True moves state outside of the step; use capturable=False and differentiable=False"

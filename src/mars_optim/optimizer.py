@@ -25,7 +25,7 @@ from .sharding import Replicas, any_rank, groups_of, is_dtensor, local
 from .state import check_shapes, keep_params, portable, restore, shield
 from .update import update_
 
-_OWN = ("state_precision", "param_rounding", "donate_grads", "offload_state", "foreach", "fused")
+_OWN = ("state_precision", "exchange_precision", "param_rounding", "donate_grads", "offload_state", "foreach", "fused")
 
 Loss = TypeVar("Loss")  # whatever the closure returns: a float or a tensor
 
@@ -84,6 +84,10 @@ class MARS(Optimizer):
         differentiable: let autograd record the step.
         state_precision: how moments and previous gradient are stored: `"fp32"` (as precise as the arithmetic),
             `"bf16"` or `"8bit"`, or a dict of these for `exp_avg`, `exp_avg_sq` and `prev_grad`.
+        exchange_precision: how matrices travel between ranks that hold pieces or copies of them: `"fp32"` (as precise
+            as the arithmetic), `"bf16"` (2 bytes an element there, 2 back) or `"8bit"` (10 bits there and 6 back, of
+            each piece's largest element; it costs little more than bf16, see docs/sharding.md); None: bf16 where the
+            polar factor is computed in it, otherwise fp32.
         param_rounding: how half-precision parameters are rounded, and what is kept of the rest: `"nearest"`,
             `"stochastic"`, `"kahan"`, `"remainder8"` or `"remainder16"`.
         donate_grads: True: the step keeps `p.grad`'s memory as the previous gradient and leaves `p.grad = None`, which
@@ -138,6 +142,7 @@ class MARS(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         state_precision: str | dict[str, str] = "fp32",
+        exchange_precision: str | None = None,
         param_rounding: str = "nearest",
         donate_grads: bool | None = None,
         offload_state: bool = False,

@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends import Backend
 from .batch import Batch, Treatment
 from .polar import matrices, matrix_shape, parts, polar_factors, polar_work, update_scale
-from .sharding import Job, exchange_, gather_, intersection, within
+from .sharding import Job, exchange_, gather_, intersection, wires, within
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def _job(batch: Batch, i: int, momentum: Tensor, direction: Tensor) -> Job:
     assert batch.indices is not None
     treatment, shape = batch.treatment, batch.shapes[i]
     boxes = parts(shape, treatment.matrix_view)
-    arithmetic = treatment.polar.arithmetic(momentum)
+    # bfloat16 reaches as far as fp32, so that cutting off digits before normalising is as good as after.
+    without_loss = "bf16" if treatment.polar.arithmetic(momentum) == torch.bfloat16 else "fp32"
     return Job(
         index=batch.indices[i],
         momentum=momentum,
@@ -104,8 +105,7 @@ def _job(batch: Batch, i: int, momentum: Tensor, direction: Tensor) -> Job:
         shape=shape,
         parts=boxes,
         works=tuple(polar_work(*matrix_shape(box, treatment.matrix_view), treatment.polar) for box in boxes),
-        # bfloat16 reaches as far as fp32, so that cutting off digits before normalising is as good as after.
-        wire=arithmetic if arithmetic == torch.bfloat16 else momentum.dtype,
+        wires=wires(treatment.exchange_precision or without_loss, momentum.dtype),
     )
 
 

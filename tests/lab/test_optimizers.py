@@ -167,6 +167,13 @@ def test_schedules_reach_every_group(schedule: Any) -> None:
     assert seen == pytest.approx([*stable, 1, 0.5] if schedule == "wsd" else [*stable, 1, 1])
 
 
+def test_how_matrices_travel_is_for_the_types_that_send_them() -> None:
+    (mars,) = make(fresh_model(), name="mars-m", exchange_precision="8bit").parts
+    assert {group["exchange_precision"] for group in mars.param_groups} == {"8bit"}
+    with pytest.raises(InputError, match=r"exchange_precision is for mars-m and mars-shampoo, .* not for 'mars-adamw'"):
+        OptimizerConfig(name="mars-adamw", exchange_precision="8bit")
+
+
 def test_exact_mode_of_a_torch_optimizer_is_refused() -> None:
     with pytest.raises(InputError, match=r"mode=exact is for the MARS types, not for 'muon'"):
         dataclasses.replace(OptimizerConfig(name="muon"), mode="exact")

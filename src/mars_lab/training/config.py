@@ -61,6 +61,9 @@ class OptimizerConfig:
     """MARS: how moments and previous gradient are stored."""
     param_rounding: Literal["nearest", "stochastic", "kahan", "remainder8", "remainder16"] = "remainder16"
     """MARS: how bf16 weights (train.precision=bf16-params) are rounded, and what is kept of the rest."""
+    exchange_precision: Literal["fp32", "bf16", "8bit"] | None = None
+    """MARS-M and MARS-Shampoo on several processes: how matrices travel to where they are orthogonalised and back; None
+    means bf16 under bf16, otherwise fp32."""
 
     label: str = ""
     """What tables and figures call it; by default its name, with -exact in exact mode."""
@@ -79,6 +82,11 @@ class OptimizerConfig:
         if stores_otherwise and not self.name.startswith("mars-"):
             raise InputError(
                 f"optimizer.state_precision and optimizer.param_rounding are for the MARS types, not for {self.name!r}"
+            )
+        if self.exchange_precision is not None and self.name not in ("mars-m", "mars-shampoo"):
+            raise InputError(
+                f"optimizer.exchange_precision is for mars-m and mars-shampoo, whose matrices travel, not "
+                f"for {self.name!r}"
             )
         shared = ("lr", "lr_1d", "betas", "betas_1d", "weight_decay", "weight_decay_1d", "gamma", "clip_norm")
         try:  # MARS knows the ranges, and the other optimizers' are the same

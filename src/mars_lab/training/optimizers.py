@@ -122,6 +122,7 @@ def build(
         max_grad_norm=config.max_grad_norm,
         state_precision=config.state_precision,
         param_rounding=config.param_rounding,
+        exchange_precision=config.exchange_precision,
         process_group=replicas,
         shard_state=config.shard_state and replicas is not None,
     )

@@ -3,7 +3,7 @@
 from .assignment import assign
 from .collectives import pads
 from .exchange import Job, exchange_, gather_
-from .plan import Part, make_plan
+from .plan import Part, make_plan, sizes_of
 from .replicas import Replicas
 from .spread import (
     Box,
@@ -21,6 +21,7 @@ from .spread import (
     within,
 )
 from .sums import add_shards, any_rank
+from .wire import wires
 
 __all__ = [
     "Box",
@@ -44,6 +45,8 @@ __all__ = [
     "piece_of",
     "placed_like",
     "refusal",
+    "sizes_of",
     "spread_of",
+    "wires",
     "within",
 ]

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .collectives import gathered
-from .plan import Part, Piece, Round, make_plan
+from .plan import Part, Pieces, Round, make_plan, sizes_of
 from .spread import Box, Spread, intersection, size_of, within
+from .wire import Wire
 
 # From whole momenta, each with the number of its job, to directions of the same shapes.
 Compute = Callable[[list[tuple[int, Tensor]]], list[Tensor]]
@@ -36,18 +37,18 @@ class Job:
     shape: tuple[int, ...]  # of the whole tensor
     parts: tuple[Box, ...]  # what is computed by itself
     works: tuple[float, ...]  # how much each part takes
-    wire: torch.dtype  # in which pieces travel
+    wires: tuple[Wire, Wire]  # how pieces travel to the owner and back
 
 
 def exchange_(jobs: Sequence[Job], compute: Compute) -> None:
-    """Write each job's piece of compute(whole momentum) to its `direction`.
+    """Write each job's piece of compute(whole momentum) to its `direction`; `compute` is called with this rank's share.
 
-    `compute` is called with this rank's share; what it returns is cast to the job's `wire`.
+    What does not travel, as momenta that every rank has, is not coded.
     """
     together: dict[tuple[Any, ...], list[int]] = {}
     for i in sorted(range(len(jobs)), key=lambda i: jobs[i].index):
         job = jobs[i]
-        key = (job.spread.shard_group, job.spread.replica_group, job.wire, job.momentum.device)
+        key = (job.spread.shard_group, job.spread.replica_group, job.wires, job.momentum.device)
         together.setdefault(key, []).append(i)
     for numbers in together.values():
         members = [jobs[i] for i in numbers]
@@ -62,8 +63,15 @@ def gather_(jobs: Sequence[Job], compute: Compute) -> None:
     """Do the same by gathering every tensor on every rank: the oracle, and the way without all-to-all."""
     for number, job in sorted(enumerate(jobs), key=lambda pair: pair[1].index):
         boxes, everything = job.spread.cut(job.shape).boxes, tuple((0, n) for n in job.shape)
-        padded = job.momentum.new_zeros(max(size_of(box) for box in boxes), dtype=job.wire)
-        padded[: job.momentum.numel()] = job.momentum.reshape(-1)
+        mine, (there, back) = boxes[job.spread.shard], job.wires
+        shares = [(part, intersection(part, mine)) for part in job.parts]
+        momentum = job.momentum.to(there.dtype, copy=True)
+        for _, shared in shares:
+            if shared is not None and job.spread.shard_group is not None:
+                held = within(shared, mine)
+                momentum[held] = there.rounded(momentum[held])
+        padded = momentum.new_zeros(max(size_of(box) for box in boxes))
+        padded[: momentum.numel()] = momentum.reshape(-1)
         pieces = [padded]
         if job.spread.shard_group is not None:
             pieces = [torch.empty_like(padded) for _ in boxes]
@@ -71,12 +79,10 @@ def gather_(jobs: Sequence[Job], compute: Compute) -> None:
         whole = padded.new_empty(job.shape)
         for box, piece in zip(boxes, pieces, strict=True):
             whole[within(box, everything)] = piece[: size_of(box)].view(tuple(stop - start for start, stop in box))
-        mine = boxes[job.spread.shard]
-        for part in job.parts:
+        for part, shared in shares:
             (result,) = compute([(number, whole[within(part, everything)])])
-            shared = intersection(part, mine)
             if shared is not None:
-                job.direction[within(shared, mine)] = result.to(job.wire)[within(shared, part)].to(job.direction.dtype)
+                job.direction[within(shared, mine)] = back.rounded(result[within(shared, part)]).to(job.direction.dtype)
 
 
 @dataclass
@@ -94,13 +100,16 @@ class _UnderWay:
 
 
 class _Exchange:
-    """Jobs that share groups, wire format and device."""
+    """Jobs that share groups, wires and device."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
         spread = jobs[0].spread
         self.shard_group, self.replica_group = spread.shard_group, spread.replica_group
-        self.empty = torch.empty(0, dtype=jobs[0].wire, device=jobs[0].momentum.device)
+        self.device = jobs[0].momentum.device
+        self.there, self.back = jobs[0].wires
+        if self.shard_group is None:
+            self.there = Wire(self.there.dtype)
         parts = tuple(
             Part(i, box, work) for i, job in enumerate(jobs) for box, work in zip(job.parts, job.works, strict=True)
         )
@@ -123,33 +132,33 @@ class _Exchange:
 
     def _send(self, current: Round) -> _UnderWay:
         pieces = [
-            self.jobs[piece.job].momentum[piece.held].reshape(-1).to(self.empty.dtype)
-            for to_one in current.outgoing
-            for piece in to_one
+            self.jobs[piece.job].momentum[piece.held].reshape(-1) for to_one in current.outgoing for piece in to_one
         ]
-        return self._all_to_all(pieces, current.sent, current.received)
+        return self._all_to_all(self.there, pieces, current.outgoing, current.incoming)
 
     def _blocks(self, current: Round, received: Tensor) -> list[Tensor]:
         """Return whole momenta of the parts that are mine."""
-        blocks = [received.new_empty(tuple(stop - start for start, stop in part.box)) for part in current.mine]
+        blocks = [
+            torch.empty(tuple(stop - start for start, stop in part.box), dtype=self.there.dtype, device=self.device)
+            for part in current.mine
+        ]
         pieces = [piece for from_one in current.incoming for piece in from_one]
-        for piece, values in zip(pieces, received.split([piece.size for piece in pieces]), strict=True):
+        for piece, values in zip(pieces, self.there.decode(received, sizes_of(pieces)), strict=True):
             blocks[piece.part][piece.block] = values.view(piece.shape)
         return blocks
 
     def _send_back(self, current: Round, results: Sequence[Tensor]) -> _UnderWay:
-        pieces = [
-            results[piece.part][piece.block].reshape(-1).to(self.empty.dtype)
-            for to_one in current.incoming
-            for piece in to_one
-        ]
-        return self._all_to_all(pieces, current.received, current.sent)
+        pieces = [results[piece.part][piece.block].reshape(-1) for to_one in current.incoming for piece in to_one]
+        return self._all_to_all(self.back, pieces, current.incoming, current.outgoing)
 
-    def _all_to_all(self, pieces: Sequence[Tensor], sent: list[int], received: list[int]) -> _UnderWay:
-        buffer = torch.cat([self.empty, *pieces])
+    def _all_to_all(
+        self, wire: Wire, values: Sequence[Tensor], outgoing: Sequence[Pieces], incoming: Sequence[Pieces]
+    ) -> _UnderWay:
+        buffer = wire.encode(values, self.device)
         if self.shard_group is None:
             return _UnderWay(None, buffer, buffer)
-        target = self.empty.new_empty(sum(received))
+        sent, received = ([wire.length(sizes_of(pieces)) for pieces in way] for way in (outgoing, incoming))
+        target = buffer.new_empty(sum(received))
         handle = dist.all_to_all_single(target, buffer, received, sent, group=self.shard_group, async_op=True)
         return _UnderWay(handle, buffer, target)
 
@@ -159,11 +168,13 @@ class _Exchange:
         if self.replica_group is None:
             self._place(current.results[0], returned)
             return
-        told = gathered(returned, current.gathered, self.replica_group)
-        for pieces, values in zip(current.results, told, strict=True):
-            self._place(pieces, values)
+        told = gathered(
+            returned, [self.back.length(sizes_of(pieces)) for pieces in current.results], self.replica_group
+        )
+        for pieces, buffer in zip(current.results, told, strict=True):
+            self._place(pieces, buffer)
 
-    def _place(self, pieces: Sequence[Piece], values: Tensor) -> None:
-        for piece, flat in zip(pieces, values.split([piece.size for piece in pieces]), strict=True):
+    def _place(self, pieces: Pieces, buffer: Tensor) -> None:
+        for piece, flat in zip(pieces, self.back.decode(buffer, sizes_of(pieces)), strict=True):
             direction = self.jobs[piece.job].direction
             direction[piece.held] = flat.view(piece.shape).to(direction.dtype)

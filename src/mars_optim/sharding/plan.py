@@ -34,29 +34,22 @@ class Piece:
     size: int
 
 
+Pieces = tuple[Piece, ...]
+
+
 @dataclass(frozen=True)
 class Round:
     """Parts that travel together, as one rank sees it."""
 
     mine: tuple[Part, ...]
-    outgoing: tuple[tuple[Piece, ...], ...]  # by rank of the shard group: what I hold of what it computes
-    incoming: tuple[tuple[Piece, ...], ...]  # by rank of the shard group: what it holds of what I compute
-    results: tuple[tuple[Piece, ...], ...]  # by replica: what I hold of what its ranks compute
+    outgoing: tuple[Pieces, ...]  # by rank of the shard group: what I hold of what it computes
+    incoming: tuple[Pieces, ...]  # by rank of the shard group: what it holds of what I compute
+    results: tuple[Pieces, ...]  # by replica: what I hold of what its ranks compute
 
-    @property
-    def sent(self) -> list[int]:
-        """Elements for each rank of the shard group, on the way there."""
-        return [sum(piece.size for piece in pieces) for pieces in self.outgoing]
 
-    @property
-    def received(self) -> list[int]:
-        """Elements from each rank of the shard group, on the way there."""
-        return [sum(piece.size for piece in pieces) for pieces in self.incoming]
-
-    @property
-    def gathered(self) -> list[int]:
-        """Elements that each replica tells the others."""
-        return [sum(piece.size for piece in pieces) for pieces in self.results]
+def sizes_of(pieces: Pieces | list[Piece]) -> list[int]:
+    """Return the numbers of elements."""
+    return [piece.size for piece in pieces]
 
 
 @lru_cache(maxsize=64)
@@ -88,7 +81,7 @@ def make_plan(
         rounds[which].setdefault(owners[i], []).append(parts[i])
     replica, shard = me
 
-    def pieces(owned: dict[tuple[int, int], list[Part]], owner: tuple[int, int], holder: int) -> tuple[Piece, ...]:
+    def pieces(owned: dict[tuple[int, int], list[Part]], owner: tuple[int, int], holder: int) -> Pieces:
         return _pieces(owned.get(owner, ()), boxes, holder)
 
     return tuple(
@@ -117,7 +110,7 @@ def _owners(parts: Sequence[Part], boxes: Sequence[Sequence[Box]], num_replicas:
     return [divmod(slot, num_shards) for slot in slots]
 
 
-def _pieces(parts: Sequence[Part], boxes: Sequence[Sequence[Box]], holder: int) -> tuple[Piece, ...]:
+def _pieces(parts: Sequence[Part], boxes: Sequence[Sequence[Box]], holder: int) -> Pieces:
     """What the `holder` of a shard group has of `parts`."""
     pieces: list[Piece] = []
     for i, part in enumerate(parts):
