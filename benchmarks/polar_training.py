@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from mars_lab.recipes.registry import recipe
+from mars_lab.recipes.registry import find
 from mars_lab.training import launch, optimizers
 from mars_lab.training.allocator import keep_freed_memory
 from mars_lab.training.loop import train
@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def run(name: str, seed: int, steps: int, batch_size: int) -> list[tuple[int, float]]:
     """Return (step, validation loss) of one run."""
-    config = recipe("mars-m")
+    config = find("mars-m").config
     settings = dataclasses.replace(
         config.train, num_steps=steps, batch_size=batch_size, seed=seed, eval_every=max(1, steps // 6)
     ).resolved()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from measuring import surroundings, write
 
-from mars_lab.recipes.registry import recipe
+from mars_lab.recipes.registry import find
 from mars_lab.training.allocator import keep_freed_memory
 from mars_lab.training.config import RunConfig
 from mars_lab.training.launch import start
@@ -62,7 +62,7 @@ def main() -> None:
     sections: dict[str, list[dict[str, object]]] = {}
     curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
     for name in arguments.recipes:
-        base = recipe(name)
+        base = find(name).config
         curves[name] = {}
         rows = sections.setdefault(f"{name}, {arguments.steps} steps, {arguments.seeds} seeds", [])
         for variant in VARIANTS:
