@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mars_optim import MARS
-from mars_optim.ownership import read_only_address
+from mars_optim.ownership import read_only_addresses
 from mars_optim.state import decode, decode_weight
 from oracle import Oracle, real
 from problems import BACKENDS, TYPES, MinibatchQuadratic, assert_close, make_parameters
@@ -316,7 +316,7 @@ def test_a_two_buffer_checkpoint_continues_in_one(backend: str, mars_type: str) 
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
-    return read_only_address(a) == read_only_address(b)
+    return read_only_addresses([a]) == read_only_addresses([b])
 
 
 def train(zero: Callable[[MARS], Any], *, donate: bool | None, steps: int = 6, **options: Any) -> tuple[Tensor, bool]:
@@ -330,10 +330,10 @@ def train(zero: Callable[[MARS], Any], *, donate: bool | None, steps: int = 6, *
         model(x[t]).square().mean().backward()
         grad = model.weight.grad
         assert grad is not None
-        address = read_only_address(grad)
+        address = read_only_addresses([grad])
         del grad
         optimizer.step()
-        shared = read_only_address(optimizer.state[model.weight]["prev_grad"]) == address
+        shared = read_only_addresses([optimizer.state[model.weight]["prev_grad"]]) == address
         zero(optimizer)
     return model.weight.detach().clone(), shared
 

@@ -227,6 +227,9 @@ class MARS(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None:  # set by a grad scaler that leaves unscaling to us
             scaling = LossScaling(getattr(self, "grad_scale", None), found_inf)
+        told: list[Tensor] = []
+        if self._replicas.shards_state:  # now: a donated gradient will be gone on its owner alone
+            told = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         resident: list[tuple[Batch, backends.Backend]] = []
         offloaded: list[tuple[Batch, backends.Backend]] = []
         for group, of_group in zip(self.param_groups, members, strict=True):
@@ -235,7 +238,7 @@ class MARS(Optimizer):
                 made = offloaded if group["offload_state"] else resident
                 made += [(batch, backend) for batch in make_batches(of_group, group, self._norms, scaling)]
         update_(resident, offloaded, self._lanes, self._ranks)
-        self._replicas.tell_([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        self._replicas.tell_(told)
 
     @property
     def _ranks(self) -> Ranks:

@@ -9,15 +9,18 @@ import ctypes
 import os
 import struct
 import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 # A writable buffer, or its address.
 Memory = int | bytearray | memoryview
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 Q8_BLOCK = 128  # elements that share one scale
 
 _NAME = "_native.dll" if sys.platform == "win32" else "_native.so"
@@ -135,6 +138,16 @@ RECORD_FIELDS = (
 )
 RECORD = struct.Struct("=q15Q10d")
 
+
+def pack(columns: Sequence[array[Any]]) -> bytearray:
+    """Return records from their fields' columns in the order of `RECORD_FIELDS`: arrays of "Q", then of "d"."""
+    records = bytearray(RECORD.size * len(columns[0]))
+    words = {code: memoryview(records).cast(code) for code in ("Q", "d")}
+    for i, column in enumerate(columns):
+        words[column.typecode][i :: len(columns)] = column
+    return records
+
+
 _MEANINGS = {
     1: "the call's op, formats, rounding or sums do not go together",
     2: "this CPU does not have that level of the instruction set",
@@ -167,6 +180,13 @@ class Library:
         if status != 0:
             raise RuntimeError(f"native kernels refused the call: {_MEANINGS[status]}; got {_describe(call)}")
 
+    def add(self, addresses: array[int], increment: float, *, is_double: bool) -> list[float]:
+        """Add to the fp32 or fp64 numbers that lie at these addresses, each by itself; return what they are then."""
+        values = array("d", bytes(8 * len(addresses)))
+        where, count = addresses.buffer_info()
+        self.handle.mars_add(where, count, is_double, increment, values.buffer_info()[0])
+        return values.tolist()
+
 
 def run(call: Call, records: Memory, count: int, sums: Memory | None = None) -> None:
     """Run on the library that `load` gives; see `Library.run`."""
@@ -193,6 +213,15 @@ def load(isa: Isa | None = None) -> Library:
     return Library(handle, wanted)
 
 
+@cache
+def loaded() -> Library | None:
+    """Return what `load` does; None where the kernels cannot run."""
+    try:
+        return load()
+    except NativeUnavailable:
+        return None
+
+
 def _open(path: Path) -> ctypes.CDLL:
     if ctypes.sizeof(ctypes.c_void_p) != 8:
         raise NativeUnavailable("the native kernels need a 64-bit Python; use a 64-bit build of it")
@@ -216,6 +245,14 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.c_int64,
         ctypes.c_void_p,
     )
+    handle.mars_add.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_double,
+        ctypes.c_void_p,
+    )
+    handle.mars_add.restype = None
     return handle
 
 

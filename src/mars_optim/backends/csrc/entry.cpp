@@ -218,3 +218,14 @@ MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Re
     }
     return kOk;
 }
+
+// Adds to each number, a float or a double, and tells what it is then. Step counts are numbers in memory of their own.
+MARS_EXPORT void mars_add(void* const* numbers, int64_t count, int32_t is_double, double increment, double* values) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (is_double) {
+            values[i] = *static_cast<double*>(numbers[i]) += increment;
+        } else {
+            values[i] = *static_cast<float*>(numbers[i]) += float(increment);
+        }
+    }
+}
