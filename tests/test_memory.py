@@ -547,9 +547,9 @@ def test_a_bound_finds_what_measuring_finds(mars_type: str, options: dict[str, A
             for i, p in enumerate(parameters):
                 p.grad = torch.randn(p.shape, generator=generator) * size * (1 + i) / p.numel() ** 0.5
             if not knows_norms:
-                optimizer._norms.clear()
+                optimizer._steps.norms.clear()
             optimizer.step()
-            assert len(optimizer._norms) >= 2
+            assert len(optimizer._steps.norms) >= 2
         results.append(parameters)
     for p, q in zip(*results, strict=True):
         assert torch.equal(p, q)

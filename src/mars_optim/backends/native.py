@@ -111,8 +111,8 @@ def _numbers(batch: Batch, op: Op, scales: list[float] | None) -> list[array[flo
 
 def _bias_corrections(batch: Batch) -> tuple[list[float], list[float]]:
     """1 - beta1^t and 1/sqrt(1 - beta2^t) for each tensor; mostly they have one t."""
-    treatment, steps = batch.treatment, [float(t) for t in batch.steps]
-    pairs = {t: (1 - treatment.beta1**t, (1 - treatment.beta2**t) ** -0.5) for t in set(steps)}
+    beta1, beta2, steps = batch.treatment.beta1, batch.treatment.beta2, [float(t) for t in batch.steps]
+    pairs = {t: (1 - beta1**t, (1 - beta2**t) ** -0.5) for t in set(steps)}
     return [pairs[t][0] for t in steps], [pairs[t][1] for t in steps]
 
 
