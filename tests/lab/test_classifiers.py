@@ -111,8 +111,7 @@ def test_folders_filled_at_once_do_not_mix_and_failures_leave_nothing(tmp_path: 
     with new_folder(tmp_path / "out") as first:
         (first / "a").touch()
         with pytest.raises(IsADirectoryError), new_folder(tmp_path / "out") as second:
-            (second / "b").touch()
-            second.read_bytes()
+            second.joinpath("b").write_bytes(second.read_bytes())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
 

@@ -41,7 +41,7 @@ class Studies:
         # A trial that waits in Optuna's queue would be left there by a process that ends here; this is one insertion.
         own = self._plan.spaces[optimizer]
         point = space.grid(own)[len(self.trials(optimizer))]
-        study.add_trial(create_trial(state=TrialState.RUNNING, params=point, distributions=self._distributions(own)))
+        study.add_trial(create_trial(state=TrialState.RUNNING, params=point, distributions={**self._distributions(own)}))
         return self.reopened(optimizer, self.trials(optimizer)[-1])
 
     def reopened(self, optimizer: str, trial: FrozenTrial) -> Trial:
