@@ -210,7 +210,7 @@ def test_whatever_is_replaced_between_steps_is_seen_by_the_next(mars_type: str) 
     for native in (True, False):
         generator = torch.Generator().manual_seed(0)
         params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 4), (4, 4), (5,))]
-        switches = {"fused": True} if native else {"foreach": False}
+        switches: dict[str, Any] = {"fused": True} if native else {"foreach": False}
         optimizer = MARS(params, lr=0.01, mars_type=mars_type, polar_method="svd", **switches)
         every = list(params)
         for t in range(14):
