@@ -4,7 +4,7 @@ import logging
 from functools import cache
 
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
@@ -41,7 +41,8 @@ class Studies:
         # A trial that waits in Optuna's queue would be left there by a process that ends here; this is one insertion.
         own = self._plan.spaces[optimizer]
         point = space.grid(own)[len(self.trials(optimizer))]
-        study.add_trial(create_trial(state=TrialState.RUNNING, params=point, distributions={**self._distributions(own)}))
+        distributions: dict[str, BaseDistribution] = {**self._distributions(own)}
+        study.add_trial(create_trial(state=TrialState.RUNNING, params=point, distributions=distributions))
         return self.reopened(optimizer, self.trials(optimizer)[-1])
 
     def reopened(self, optimizer: str, trial: FrozenTrial) -> Trial:
