@@ -116,14 +116,14 @@ MUTANTS = [
     ),
     mutant(
         "the paper's first step is the zero one",
-        'if group["first_step"] == "zero":\n        return True',
-        "if True:\n        return True",
+        'if group["first_step"] == "zero" or group["capturable"]:\n        known = True if',
+        "if True:\n        known = True if True or",
         flag("gamma_large"),
     ),
     mutant(
         "every step is a first step",
-        'state["has_prev"].fill_(1)',
-        'state["has_prev"].fill_(0)',
+        "torch._foreach_clamp_min_(flags, 1.0)",
+        "torch._foreach_clamp_max_(flags, 0.0)",
         flag("clip_off"),
     ),
     mutant(
@@ -318,8 +318,8 @@ MUTANTS = [
     ),
     mutant(
         "both evaluations at x_t",
-        "        param.copy_(prev_param)\n        prev_param.copy_(held)",
-        "        prev_param.copy_(held)",
+        "        current.copy_(previous)\n        previous.copy_(held)",
+        "        previous.copy_(held)",
         (IDENTITIES, "test_7"),
     ),
     Mutant(
@@ -327,8 +327,8 @@ MUTANTS = [
         (
             ("            self._keep_params()\n", ""),
             (
-                "            self._update(members)\n            for group",
-                "            self._update(members)\n            self._keep_params()\n            for group",
+                "self._steps.take(groups, members, self._scaling)\n",
+                "self._steps.take(groups, members, self._scaling)\n            self._keep_params()\n",
             ),
         ),
         (IDENTITIES, "test_7"),
@@ -372,7 +372,7 @@ MUTANTS = [
     ),
     mutant(
         "the clip coefficient goes through the host",
-        "return total.sqrt()",
+        "return replicas.add_owners(total).sqrt()",
         "return torch.tensor(total.sqrt().item())",
         (PROTOCOL, "meta_device or on_the_host"),
     ),
@@ -446,7 +446,7 @@ MUTANTS = [
     ),
     sharded("polar factors of shards", "if batch.spread is not None and prec", "if False and prec", "2 fsdp m train"),
     sharded("no update scale for shards", "job.direction[within(shared, mine)] *= scale", "pass", "2 fsdp m train"),
-    sharded("what others updated", "self._replicas.tell_(", "list(", "2 ddp + sharded state adamw train"),
+    sharded("what others updated", "self.replicas.tell_(", "list(", "2 ddp + sharded state adamw train"),
     sharded(
         "total norm of own parameters",
         "return replicas.add_owners(total)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -165,3 +166,58 @@ def test_bytes_of_state_per_parameter(mars_type: str, expected: int, is_approx: 
     optimizer = MARS([p], mars_type=mars_type, is_approx=is_approx)
     exact_step(optimizer, p)
     assert sum(t.nbytes for t in optimizer.state[p].values() if t.ndim) == expected * p.numel()
+
+
+@pytest.mark.parametrize("mars_type", ["adamw", "lion", "m"])
+def test_whatever_is_replaced_between_steps_is_seen_by_the_next(mars_type: str) -> None:
+    """Native kernels are given addresses; none of them may be that of something the user has replaced."""
+
+    def replace(t: int, params: list[nn.Parameter], optimizer: MARS) -> None:
+        first, second, third = params[:3]
+        state: dict[str, Any] = optimizer.state[first]
+        if t == 1:
+            first.grad = None
+        elif t == 2:
+            assert second.grad is not None
+            second.grad = second.grad.t().contiguous().t()
+        elif t == 3:
+            state["exp_avg"] = state["exp_avg"].t().contiguous().t() * 2
+        elif t == 4:
+            second.data = second.data.clone() + 1
+        elif t == 5:
+            optimizer.state[second] = {name: value * 1.5 for name, value in optimizer.state[second].items()}
+            optimizer.state[second]["step"].fill_(3)
+        elif t == 6:
+            assert third.grad is not None
+            larger = torch.zeros(9)
+            larger[2:7] = third.grad
+            third.grad = larger[2:7]
+        elif t == 7:
+            optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+        elif t == 8:
+            state["prev_grad"] = state["prev_grad"].double().float() + 0.1
+        elif t == 9:
+            added = nn.Parameter(torch.ones(4, 4))
+            added.grad = torch.full((4, 4), 0.1)
+            optimizer.add_param_group({"params": [added]})
+            params.append(added)
+        elif t == 10:
+            state["step"] = state["step"].double()
+        elif t == 11:
+            del optimizer.state[third]
+
+    results: list[list[nn.Parameter]] = []
+    for native in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 4), (4, 4), (5,))]
+        switches: dict[str, Any] = {"fused": True} if native else {"foreach": False}
+        optimizer = MARS(params, lr=0.01, mars_type=mars_type, polar_method="svd", **switches)
+        every = list(params)
+        for t in range(14):
+            for p in every:
+                p.grad = torch.randn(p.shape, generator=generator)
+            replace(t, every, optimizer)
+            optimizer.step()
+        results.append(every)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-5)

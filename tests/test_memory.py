@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mars_optim import MARS
-from mars_optim.ownership import read_only_address
+from mars_optim.ownership import read_only_addresses
 from mars_optim.state import decode, decode_weight
 from oracle import Oracle, real
 from problems import BACKENDS, TYPES, MinibatchQuadratic, assert_close, make_parameters
@@ -316,7 +316,7 @@ def test_a_two_buffer_checkpoint_continues_in_one(backend: str, mars_type: str) 
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
-    return read_only_address(a) == read_only_address(b)
+    return read_only_addresses([a]) == read_only_addresses([b])
 
 
 def train(zero: Callable[[MARS], Any], *, donate: bool | None, steps: int = 6, **options: Any) -> tuple[Tensor, bool]:
@@ -330,10 +330,10 @@ def train(zero: Callable[[MARS], Any], *, donate: bool | None, steps: int = 6, *
         model(x[t]).square().mean().backward()
         grad = model.weight.grad
         assert grad is not None
-        address = read_only_address(grad)
+        address = read_only_addresses([grad])
         del grad
         optimizer.step()
-        shared = read_only_address(optimizer.state[model.weight]["prev_grad"]) == address
+        shared = read_only_addresses([optimizer.state[model.weight]["prev_grad"]]) == address
         zero(optimizer)
     return model.weight.detach().clone(), shared
 
@@ -547,9 +547,9 @@ def test_a_bound_finds_what_measuring_finds(mars_type: str, options: dict[str, A
             for i, p in enumerate(parameters):
                 p.grad = torch.randn(p.shape, generator=generator) * size * (1 + i) / p.numel() ** 0.5
             if not knows_norms:
-                optimizer._norms.clear()
+                optimizer._steps.norms.clear()
             optimizer.step()
-            assert len(optimizer._norms) >= 2
+            assert len(optimizer._steps.norms) >= 2
         results.append(parameters)
     for p, q in zip(*results, strict=True):
         assert torch.equal(p, q)

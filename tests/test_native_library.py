@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from array import array
 
 import numpy as np
 import pytest
@@ -545,6 +546,23 @@ def test_infinite_and_nan_gradients_follow_ieee():
 def test_the_struct_and_the_record_have_the_headers_size():
     assert ctypes.sizeof(native.Call) == 80
     assert native.RECORD.size == 8 * len(native.RECORD_FIELDS) == 208
+
+
+def test_columns_are_packed_as_records():
+    words = [array("Q", [100 * i, 100 * i + 1, 2**63 - 1]) for i in range(16)]
+    numbers = [array("d", [0.5 * i, -0.5 * i, np.inf]) for i in range(10)]
+    rows = zip(*words, *numbers, strict=True)
+    assert native.pack([*words, *numbers]) == b"".join(native.RECORD.pack(*row) for row in rows)
+    assert native.pack([array("Q")] * 16 + [array("d")] * 10) == b""
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numbers_are_advanced_where_they_lie(dtype):
+    counts = [np.array([0, i, 7], dtype) for i in range(5)]
+    addresses = array("Q", [count.ctypes.data + count.itemsize for count in counts])
+    assert native.load().add(addresses, 1.0, is_double=dtype == np.float64) == [1, 2, 3, 4, 5]
+    assert [count.tolist() for count in counts] == [[0, i + 1, 7] for i in range(5)]
+    assert native.load().add(array("Q"), 1.0, is_double=False) == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .members import Member
 from .ownership import keep
 from .polar import update_scale
 from .preconditioners import PRECONDITIONERS
+from .scalars import add_, read
 from .state import is_q8, real, salt
 
 # A member, its step count, its previous gradient, the coefficient of that, and its next previous gradient if kept.
@@ -32,29 +33,41 @@ def make_batches(
     """
     if not members:
         return []
+    steps, has_prevs = _advance(members, group, scaling), _have_previous(members, group)
     by_kind: dict[tuple[Any, ...], list[_Place]] = {}
-    for member, step in zip(members, _advance(members, group, scaling), strict=True):
-        has_prev = _has_previous(member, group)
-        prev, coefficient = _previous_gradient(member, group, has_prev)
-        kept = None if scaling is not None else _take(member, group)
-        p, grad = member.param, member.grad
-        kind = (has_prev, id(member.treatment), p.device, p.dtype, grad.dtype, kept is None, coefficient is None)
-        by_kind.setdefault((*kind, None if prev is None else prev.dtype, member.spread), []).append(
-            (member, step, prev, coefficient, kept)
-        )
+    for member, step, has_prev in zip(members, steps, has_prevs, strict=True):
+        p, grad, state = member.param, member.grad, member.state
+        prev = coefficient = kept = None
+        if has_prev is not False:
+            prev, coefficient = _previous_gradient(member, group, has_prev)
+        if scaling is None and "prev_grad" in state:
+            kept = _take(member, group)
+        formats = (p.device, p.dtype, grad.dtype, None if prev is None else prev.dtype)
+        kind = (has_prev, id(member.treatment), *formats, kept is None, coefficient is None, member.spread)
+        by_kind.setdefault(kind, []).append((member, step, prev, coefficient, kept))
     return [_batch(places, group, kind[0], norms, scaling) for kind, places in by_kind.items()]
 
 
 def _advance(members: Sequence[Member], group: dict[str, Any], scaling: LossScaling | None) -> Sequence[float | Tensor]:
     """Count this step; return the counts as numbers, or as tensors where the host must not know them."""
     counts: list[Tensor] = [member.state["step"] for member in members]
+    if not group["capturable"] and not group["differentiable"]:
+        return add_(counts, 1.0)
     if scaling is None:
         torch._foreach_add_(counts, 1.0)
     else:
         torch._foreach_add_(counts, 1.0 - scaling.found_inf.reshape(()))
-    if group["capturable"]:
-        return counts
-    return cast(list[float], torch.stack(counts).tolist())  # pyright: ignore[reportUnknownMemberType]
+    return counts if group["capturable"] else read(counts)
+
+
+def _have_previous(members: Sequence[Member], group: dict[str, Any]) -> list[bool | None]:
+    """Whether each one's gradient difference exists; None where only the device knows."""
+    corrected = [member for member in members if member.treatment.gamma is not None]
+    if group["first_step"] == "zero" or group["capturable"]:
+        known = True if group["first_step"] == "zero" else None
+        return [False if member.treatment.gamma is None else known for member in members]
+    flags = iter(read([member.state["has_prev"] for member in corrected]))
+    return [member.treatment.gamma is not None and bool(next(flags)) for member in members]
 
 
 def _batch(
@@ -123,23 +136,12 @@ def _updated_names(state: dict[str, Any], treatment: Treatment) -> list[str]:
     return [*names, "param_remainder"] if "param_remainder" in state else names
 
 
-def _has_previous(member: Member, group: dict[str, Any]) -> bool | None:
-    """Whether a gradient difference exists; None where only the device knows."""
-    if member.treatment.gamma is None:
-        return False
-    if group["first_step"] == "zero":
-        return True
-    if group["capturable"]:
-        return None
-    return bool(member.state["has_prev"])
-
-
 def _previous_gradient(
     member: Member, group: dict[str, Any], has_prev: bool | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return g'_t as stored and the factor it was clipped with, each None where there is none."""
     state = member.state
-    if has_prev is False or member.treatment.one_buffer or member.treatment.gamma is None:
+    if member.treatment.one_buffer:
         return None, None
     if group["is_approx"]:
         return real(state["prev_grad"]), state.get("prev_coefficient")
@@ -157,8 +159,6 @@ def _previous_gradient(
 def _take(member: Member, group: dict[str, Any]) -> Tensor | None:
     """Return the next step's previous gradient where it is a new tensor instead of a copy into the old one."""
     p, grad, donated = member.param, member.grad, group["donate_grads"]
-    if "prev_grad" not in member.state:
-        return None
     if group["differentiable"]:
         return grad.clone()  # the old one belongs to the graph
     if donated is False or group["offload_state"]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .correction import clip_coefficient
 from .ownership import keep
-from .sharding import add_shards, any_rank, groups_of, local, placed_like, spread_of
+from .sharding import Replicas, add_shards, any_rank, groups_of, local, placed_like, spread_of
 
 
 @dataclass
@@ -55,13 +55,12 @@ def replayed_randomness(devices: set[torch.device]) -> Generator[None, None, Non
 
 @torch.no_grad()
 def take_gradients(
-    param_groups: Sequence[dict[str, Any]], grad_scaler: torch.amp.GradScaler | None
-) -> PreviousGradients:
+    param_groups: Sequence[dict[str, Any]], grad_scaler: torch.amp.GradScaler | None, taken: PreviousGradients
+) -> None:
     """Take the gradients out of `p.grad`, which DDP and others may write again; unscale them and find their clipping.
 
     Each evaluation is clipped by its own global norm, as `clip_grad_norm_` after each backward would.
     """
-    taken = PreviousGradients()
     clipped: list[tuple[Tensor, float]] = []
     for group in param_groups:
         for p in group["params"]:
@@ -84,7 +83,31 @@ def take_gradients(
         total = _norm([taken.grads[p] for p, _ in clipped])
         by_norm = {max_norm: clip_coefficient(total, max_norm) for _, max_norm in clipped}
         taken.coefficients = {p: by_norm[max_norm] for p, max_norm in clipped}
-    return taken
+
+
+@contextmanager
+def evaluated_at_previous(
+    param_groups: Sequence[dict[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    grad_scaler: torch.amp.GradScaler | None,
+) -> Generator[PreviousGradients, None, None]:
+    """Inside the block parameters hold x_{t-1}; what it yields holds the gradients after a block that ends well."""
+    params = [p for group in param_groups for p in group["params"]]
+    pairs = [(p, states[p]["prev_param"]) for p in params if "prev_param" in states.get(p, {})]
+    taken = PreviousGradients()
+    with rewound(pairs), replayed_randomness({p.device for p in params}):
+        yield taken
+    take_gradients(param_groups, grad_scaler, taken)
+
+
+def all_gradients_finite(
+    param_groups: Sequence[dict[str, Any]], previous: PreviousGradients | None, replicas: Replicas
+) -> bool:
+    """Whether no gradient holds an inf or nan, on any rank; waits for the device."""
+    params = [p for group in param_groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None and not p.grad.is_sparse]  # sparse: refused later, by name
+    finite = all_finite(local(g) for g in (*grads, *(previous.grads.values() if previous else ())))
+    return not any_rank(not finite, groups_of(params, replicas.group), params[0].device)
 
 
 def _norm(grads: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from .exact import PreviousGradients
 from .hyperparameters import fold_lr_1d, treatments
 from .offload import place
 from .preconditioners import PRECONDITIONERS
-from .sharding import Replicas, Spread, any_rank, local, placed_like
+from .sharding import Replicas, Spread, any_rank, is_dtensor, local, placed_like
 from .state import (
     arithmetic_dtype,
     choose_form,
@@ -25,8 +25,8 @@ from .state import (
     precision_of,
 )
 
-# For each parameter, what its state was last completed for.
-Completed = dict[Tensor, tuple[Any, ...]]
+# For each state, by its parameter's index: how many entries it had when it was last completed, and for what.
+Completed = dict[int, tuple[Any, ...]]
 
 
 @dataclass(slots=True)
@@ -70,36 +70,38 @@ def members_of(
     fold_lr_1d(group)
     vector, main = treatments(group)
     wants_vector, wants_main = _wants(vector, group), _wants(main, group)
+    may_be_spread = replicas.group is not None or any(map(is_dtensor, group["params"]))
+    params: list[Tensor] = group["params"]
     members: list[Member] = []
-    for i in range(len(group["params"])) if which is None else which:
-        p: Tensor = group["params"][i]
-        grad = p.grad
-        if grad is None or not replicas.owns(p):
+    for i in range(len(params)) if which is None else which:
+        p = params[i]
+        grad, spread = p.grad, None
+        if grad is None or not (replicas.group is None or replicas.owns(p)):
             continue
         if grad.is_sparse:
             raise RuntimeError(
                 f"MARS does not support sparse gradients, and parameter {names_of(group)[i]} has one; construct the "
                 "embedding with sparse=False"
             )
-        grad, spread = placed_like(grad, p), replicas.spread_of(p)
+        if may_be_spread:
+            grad, spread = placed_like(grad, p), replicas.spread_of(p)
         treatment, wants = (vector, wants_vector) if p.ndim < 2 else (main, wants_main)
-        state = states[p]
-        if completed.get(p) != (len(state), grad.dtype, wants):
+        state, index = states[p], first_index + i
+        if completed.get(index) != (len(state), grad.dtype, wants):
             only_materialises = not state and _is_materialising(p, grad, spread, group)
             _complete(state, p, treatment, group)
-            completed[p] = (len(state), grad.dtype, wants)
+            completed[index] = (len(state), grad.dtype, wants)
             if only_materialises:
                 continue
-        if previous is None:
-            if treatment.gamma is not None and not group["is_approx"]:
-                raise ValueError(
-                    "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
-                    "compute it inside `with optimizer.previous_params():` before the gradient of this step"
-                )
-            members.append(Member(p, grad, first_index + i, state, treatment, spread))
-        else:
-            there = previous.grads.get(p), previous.coefficients.get(p)
-            members.append(Member(p, grad, first_index + i, state, treatment, spread, *there))
+        member = Member(p, grad, index, state, treatment, spread)
+        if previous is not None:
+            member.prev_grad, member.prev_coefficient = previous.grads.get(p), previous.coefficients.get(p)
+        elif treatment.gamma is not None and not group["is_approx"]:
+            raise ValueError(
+                "exact mode (is_approx=False) needs the gradient at the previous weights: call step(closure), or "
+                "compute it inside `with optimizer.previous_params():` before the gradient of this step"
+            )
+        members.append(member)
     return members
 
 

@@ -12,20 +12,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from . import backends, schedules
-from .batch import Batch, LossScaling
-from .batching import make_batches
-from .exact import PreviousGradients, all_finite, replayed_randomness, rewound, take_gradients
+from . import backends
+from .batch import LossScaling
+from .exact import PreviousGradients, all_gradients_finite, evaluated_at_previous
 from .hyperparameters import Gamma, check, check_matrices
-from .members import Completed, Member, members_of, names_of
-from .offload import Lane, place
+from .loading import check_loaded, restore_states, take_over, to_plain
+from .members import names_of
 from .polar import MatrixView
-from .ranks import Ranks, join
-from .sharding import Replicas, any_rank, groups_of, is_dtensor, local
-from .state import check_shapes, keep_params, portable, restore, shield
-from .update import update_
-
-_OWN = ("state_precision", "exchange_precision", "param_rounding", "donate_grads", "offload_state", "foreach", "fused")
+from .ranks import join
+from .sharding import Replicas
+from .state import drop_params, keep_params, shield
+from .steps import Steps
 
 Loss = TypeVar("Loss")  # whatever the closure returns: a float or a tensor
 
@@ -157,12 +154,8 @@ class MARS(Optimizer):
         check(dict(defaults))  # before the parameters, as torch.optim does
         self._previous: PreviousGradients | None = None
         self._inside_previous_params = False
-        self._lanes: dict[torch.device, Lane] = {}
-        self._completed: Completed = {}
-        self._norms: dict[int, float] = {}
         self._keeps_params = False
-        self._replicas = Replicas(process_group, shard_state=shard_state)
-        self._gathers = gather_matrices
+        self._steps = Steps(Replicas(process_group, shard_state=shard_state), gathers=gather_matrices)
         super().__init__(cast("Iterable[Tensor]", params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -178,7 +171,7 @@ class MARS(Optimizer):
         try:
             check(group)
             check_matrices(group, names_of(group))
-            join(group, names_of(group), self._replicas)
+            join(group, names_of(group), self._steps.replicas)
             backends.select(group)  # an explicit choice that cannot run says so now
         except Exception:
             self.param_groups.pop()
@@ -219,34 +212,19 @@ class MARS(Optimizer):
             previous, self._previous = self._previous, None
             if self._must_skip(previous):
                 return loss
-            members = [self._members(i, previous) for i in range(len(self.param_groups))]
+            groups = self.param_groups
+            members = [self._steps.members(groups, self.state, i, previous) for i in range(len(groups))]
             self._keep_params()
-            self._update(members)
+            self._steps.take(groups, members, self._scaling)
             for group, of_group in zip(self.param_groups, members, strict=True):
                 group["schedule_step"] += 1 if of_group else 0
         return loss
 
-    def _update(self, members: Sequence[list[Member]]) -> None:
-        """Algorithm 1 from the gradients on, for some members of each group."""
-        scaling = None
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None:  # set by a grad scaler that leaves unscaling to us
-            scaling = LossScaling(getattr(self, "grad_scale", None), found_inf)
-        resident: list[tuple[Batch, backends.Backend]] = []
-        offloaded: list[tuple[Batch, backends.Backend]] = []
-        for group, of_group in zip(self.param_groups, members, strict=True):
-            if of_group:
-                backend = backends.select(group)
-                made = offloaded if group["offload_state"] else resident
-                made += [(batch, backend) for batch in make_batches(of_group, group, self._norms, scaling)]
-        update_(resident, offloaded, self._lanes, self._ranks)
-        self._replicas.tell_([p for group in self.param_groups for p in group["params"] if p.grad is not None])
-
     @property
-    def _ranks(self) -> Ranks:
-        params = [p for group in self.param_groups for p in group["params"]]
-        is_clipped = any(group["max_grad_norm"] is not None for group in self.param_groups)
-        return Ranks(self._replicas, len(params), params[0].device, is_clipped, self._gathers)
+    def _scaling(self) -> LossScaling | None:
+        """What a grad scaler that leaves unscaling to us has set."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        return None if found_inf is None else LossScaling(getattr(self, "grad_scale", None), found_inf)
 
     @contextmanager
     def step_in_backward(self) -> Generator[None, None, None]:
@@ -264,41 +242,13 @@ class MARS(Optimizer):
         Raises:
             RuntimeError: exact mode, `max_grad_norm`, `skip_nonfinite` or `differentiable` in any group.
         """
-        for name, forbidden in (("is_approx", False), *((n, True) for n in ("skip_nonfinite", "differentiable"))):
-            if any(group[name] is forbidden for group in self.param_groups):
-                raise RuntimeError(f"step_in_backward() with {name}={forbidden}: construct with {name}={not forbidden}")
-        if any(group["max_grad_norm"] is not None for group in self.param_groups):
-            raise RuntimeError("step_in_backward() sees one gradient at a time; construct with max_grad_norm=None")
-        if self._replicas.group is not None or any(is_dtensor(p) for g in self.param_groups for p in g["params"]):
-            raise RuntimeError("step_in_backward() takes steps before ranks have exchanged gradients; use step()")
-        places = {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
         stepped: set[int] = set()
-
-        @torch.no_grad()
-        def step_one(p: Tensor) -> None:
-            which, j = places[p]
-            members: list[list[Member]] = [[] for _ in self.param_groups]
-            members[which] = self._members(which, None, [j])
-            self._update(members)
-            p.grad = None
-            stepped.add(which)
-
-        handles = [p.register_post_accumulate_grad_hook(step_one) for p in places if p.requires_grad]
         try:
-            yield
+            with self._steps.in_backward(self.param_groups, self.state, self._scaling) as stepped:
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for which in stepped:
                 self.param_groups[which]["schedule_step"] += 1
-
-    def _members(
-        self, which: int, previous: PreviousGradients | None, places: Iterable[int] | None = None
-    ) -> list[Member]:
-        first_index = sum(len(group["params"]) for group in self.param_groups[:which])
-        return members_of(
-            self.param_groups[which], self.state, previous, self._completed, first_index, self._replicas, places
-        )
 
     @contextmanager
     def previous_params(self, grad_scaler: torch.amp.GradScaler | None = None) -> Generator[None, None, None]:
@@ -322,16 +272,14 @@ class MARS(Optimizer):
             raise RuntimeError("previous_params() is for exact mode; construct the optimizer with is_approx=False")
         if self._inside_previous_params:
             raise RuntimeError("previous_params() was entered inside itself; leave the first block before")
-        params = [p for group in self.param_groups for p in group["params"]]
-        pairs = [(p, self.state[p]["prev_param"]) for p in params if "prev_param" in self.state.get(p, {})]
         self._previous = None
         self.zero_grad(set_to_none=True)
         self._inside_previous_params = True
         try:
-            with rewound(pairs), replayed_randomness({p.device for p in params}):
+            with evaluated_at_previous(self.param_groups, self.state, grad_scaler) as previous:
                 yield
-            self._previous = take_gradients(self.param_groups, grad_scaler)
-            if self._previous.overflowed:
+            self._previous = previous
+            if previous.overflowed:
                 self._count_skipped_step()
         finally:
             self._inside_previous_params = False
@@ -355,12 +303,7 @@ class MARS(Optimizer):
             return True
         if not any(group["skip_nonfinite"] for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        grads = [g for g in grads if not g.is_sparse]  # refused later, by name
-        finite = all_finite(local(g) for g in (*grads, *(previous.grads.values() if previous else ())))
-        params = [p for group in self.param_groups for p in group["params"]]
-        groups = groups_of(params, self._replicas.group)
-        if not any_rank(not finite, groups, params[0].device):
+        if all_gradients_finite(self.param_groups, previous, self._steps.replicas):
             return False
         self._count_skipped_step()
         return True
@@ -376,27 +319,16 @@ class MARS(Optimizer):
             return
         for group in self.param_groups:
             for p in group["params"]:
-                if p in self.state and is_exact:
-                    keep_params(self.state[p], p)
-                elif p in self.state:
-                    self.state[p].pop("prev_param", None)
+                if p in self.state:
+                    (keep_params if is_exact else drop_params)(self.state[p], p)
         self._keeps_params = is_exact
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim does, with schedules of gamma as plain dicts."""
         if self._inside_previous_params:
             raise RuntimeError("state_dict() was called inside previous_params(), where the weights are x_{t-1}")
-        for lane in self._lanes.values():
-            lane.synchronize()
-        packed = super().state_dict()
-        groups = [
-            group | {name: schedules.to_plain(group[name]) for name in ("gamma", "polar_steps")}
-            for group in packed["param_groups"]
-        ]
-        state = packed["state"]
-        if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
-            state = {key: portable(entries) for key, entries in state.items()}
-        return {**packed, "state": state, "param_groups": groups}
+        self._steps.synchronize()
+        return to_plain(super().state_dict(), self.param_groups)
 
     def consolidated_state_dict(self, to: int = 0) -> dict[str, Any] | None:
         """Return the whole state under `shard_state` on rank `to` of the process group, None on the others.
@@ -405,7 +337,7 @@ class MARS(Optimizer):
         line serves both: `state = optimizer.consolidated_state_dict()`, and rank 0 saves it.
         """
         packed = self.state_dict()
-        state = self._replicas.consolidated(packed["state"], to)
+        state = self._steps.replicas.consolidated(packed["state"], to)
         return None if state is None else {**packed, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -420,38 +352,14 @@ class MARS(Optimizer):
         """Take over a loaded or unpickled state; hyperparameters that it lacks get the constructor's values."""
         old_groups: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         defaults = state.get("defaults", self.__dict__.get("defaults", {}))
-        for group in state["param_groups"]:
-            for name, p in zip(names_of(group), group["params"], strict=True):
-                check_shapes(name, p, state["state"].get(p, {}))
+        check_loaded(state["param_groups"], state["state"])
         super().__setstate__(state)
         self._previous = None
         self._inside_previous_params = False
-        self._lanes = {}
-        self._completed = {}
-        self._norms = {}
         self._keeps_params = True  # perhaps: the state may hold previous parameters
-        self.__dict__.setdefault("_replicas", Replicas(None, shard_state=False))  # a pickle knows no process group
-        self.__dict__.setdefault("_gathers", False)
+        if "_steps" not in self.__dict__:  # a pickle knows no process group
+            self._steps = Steps(Replicas(None, shard_state=False), gathers=False)
+        self._steps.forget()
         for i, group in enumerate(self.param_groups):
-            for name, value in defaults.items():
-                if name != "lr_1d":
-                    group.setdefault(name, value)
-            old: dict[str, Any] = old_groups[i] if i < len(old_groups) else {}
-            group.setdefault("lr_1d_ratio", old.get("lr_1d_ratio", 1.0))
-            for name in ("gamma", "polar_steps"):
-                group[name] = schedules.from_plain(group[name], old.get(name))
-            # How this optimizer stores and computes is its own affair, not the checkpoint's.
-            group.update({name: old[name] for name in _OWN if name in old})
-            check(group)
-            for p in group["params"]:
-                if not self._replicas.owns(p):
-                    self.state.pop(p, None)
-                if p in self.state:
-                    self.state[p] = restore(
-                        self.state[p],
-                        p,
-                        capturable=group["capturable"],
-                        state_precision=group["state_precision"],
-                        rounding=group["param_rounding"],
-                    )
-                    place(self.state[p], p, on_host=group["offload_state"])
+            take_over(group, old_groups[i] if i < len(old_groups) else {}, defaults)
+            restore_states(group, self.state, self._steps.replicas)

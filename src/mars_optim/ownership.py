@@ -1,9 +1,12 @@
 """Whether a gradient's memory may become the previous gradient without a copy."""
 # These parts of torch are not typed.
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +36,11 @@ def keep(grad: Tensor) -> Tensor | None:
         return None
 
 
-def read_only_address(tensor: Tensor) -> int:
-    """Return where the elements start, for reading only: `data_ptr()` would end copy-on-write, by copying."""
-    return torch._C._data_address(tensor) + tensor.storage_offset() * tensor.itemsize
+def read_only_addresses(tensors: Sequence[Tensor]) -> array[int]:
+    """Return where each one's elements start, for reading only: `data_ptr()` would end copy-on-write, by copying."""
+    starts: array[int] = array("Q", map(torch._C._data_address, tensors))
+    if any(map(Tensor.storage_offset, tensors)):
+        return array(
+            "Q", [start + int(t.storage_offset()) * t.itemsize for start, t in zip(starts, tensors, strict=True)]
+        )
+    return starts

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mars_optim.batch import Batch
 from mars_optim.native import NativeUnavailable
@@ -123,6 +124,8 @@ def _unavailable(cause: str, devices: set[str], *, required: bool) -> None:
 
 def _is_plain(param: Tensor) -> bool:
     """Whether the elements lie in memory in a format that kernels know: no wrapper but a DTensor's, no fp8."""
+    if type(param) is Parameter:
+        return param.dtype in _DTYPES
     param = local(param)
     dispatch = "__torch_dispatch__"
     return getattr(type(param), dispatch) is getattr(Tensor, dispatch) and param.dtype in _DTYPES

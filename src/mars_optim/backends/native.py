@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from array import array
 from typing import cast
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from mars_optim.batch import Batch, Weight
 
-from .native_library import RECORD, Arithmetic, Call, Flag, Format, Op, Rounding, load, run
+from .native_library import Arithmetic, Call, Flag, Format, Op, Rounding, load, pack, run
 from .operands import MOVES, Operands
 
 reads_storage = True
@@ -78,21 +78,9 @@ def _run(
     scales: list[float] | None = None,
     sums: Tensor | None = None,
 ) -> None:
-    count, treatment = len(batch.params), batch.treatment
-    operands, lr, no, keys = Operands(batch), float(treatment.lr), [0] * count, batch.keys
-    columns: list[Iterable[float]] = [
-        *operands.columns(op, out),
-        no if keys is None else [int(key) for key in keys],
-        *_weights(batch, op),
-        [1 - lr * treatment.weight_decay] * count,
-        _step_sizes(batch, op, lr, scales),
-        [(1 - treatment.beta2 ** float(t)) ** -0.5 for t in batch.steps] if op == Op.ADAMW else no,
-        [math.inf] * count if batch.grad_norms is None else _each(batch.grad_norms, count),
-        _previous_norms(batch),
-    ]
-    records = bytearray(RECORD.size * count)
-    for i, row in enumerate(zip(*columns, strict=True)):
-        RECORD.pack_into(records, i * RECORD.size, *row)
+    count, operands = len(batch.params), Operands(batch)
+    keys = [0] * count if batch.keys is None else [int(key) for key in batch.keys]
+    records = pack([*operands.columns(op, out), array("Q", keys), *_numbers(batch, op, scales)])
     call = _call(batch, op, out)
     if call.clip_norm > 0 and batch.grad_norms is None:
         sums = torch.full((count, 3), math.inf, dtype=torch.float64)
@@ -104,14 +92,38 @@ def _run(
     increment_version(batch.params if op in MOVES else out if op == Op.MOMENTUM and out else ())
 
 
+def _numbers(batch: Batch, op: Op, scales: list[float] | None) -> list[array[float]]:
+    """The records' numbers: a, b, ratio, we, wg, decay, step_size, inv_sqrt_bias2, g_norm, prev_norm."""
+    count, treatment, lr = len(batch.params), batch.treatment, float(batch.treatment.lr)
+    decay = 1 - lr * treatment.weight_decay
+    if op in (Op.PRODUCTS, Op.DESCEND):
+        step_sizes = 0.0 if scales is None else [lr * scale for scale in scales]
+        columns = [0.0, 0.0, 0.0, 0.0, 0.0, decay, step_sizes, 0.0, math.inf, math.inf]
+        return [_each(column, count) for column in columns]
+    clip: Weight = 1.0 if batch.clip is None else batch.clip  # unless the kernel finds it
+    biases, roots = _bias_corrections(batch) if op == Op.ADAMW else ([1.0] * count, 0.0)
+    step_sizes = [lr * scale / bias for scale, bias in zip(scales or [0.0] * count, biases, strict=True)]
+    norms = math.inf if batch.grad_norms is None else batch.grad_norms
+    columns = [batch.grad_weight * clip, batch.difference_weight * clip, batch.ratio, *batch.momentum_weights]
+    columns += [decay, step_sizes, roots, norms, _previous_norms(batch)]
+    return [_each(column, count) for column in columns]
+
+
+def _bias_corrections(batch: Batch) -> tuple[list[float], list[float]]:
+    """1 - beta1^t and 1/sqrt(1 - beta2^t) for each tensor; mostly they have one t."""
+    beta1, beta2, steps = batch.treatment.beta1, batch.treatment.beta2, [float(t) for t in batch.steps]
+    pairs = {t: (1 - beta1**t, (1 - beta2**t) ** -0.5) for t in set(steps)}
+    return [pairs[t][0] for t in steps], [pairs[t][1] for t in steps]
+
+
 # What storing a previous gradient may add to its norm: half a spacing of bf16, or of 8-bit codes at worst.
 _NORM_GROWTH = {torch.bfloat16: 1.01, torch.float16: 1.01, torch.int8: 1.05}
 
 
-def _previous_norms(batch: Batch) -> list[float]:
-    if batch.prev_norms is None or batch.prev_grads is None:
-        return [math.inf] * len(batch.params)
-    growth = _NORM_GROWTH.get(batch.prev_grads[0].dtype, 1.0) if batch.prev_grads else 1.0
+def _previous_norms(batch: Batch) -> float | list[float]:
+    if batch.prev_norms is None or not batch.prev_grads:
+        return math.inf
+    growth = _NORM_GROWTH.get(batch.prev_grads[0].dtype, 1.0)
     return [growth * norm for norm in batch.prev_norms]
 
 
@@ -119,8 +131,7 @@ def _keep_norms(batch: Batch, norms: Tensor | None) -> None:
     """Leave the norms of the gradients that were kept for the next step's bound."""
     if norms is None or batch.norms is None or batch.indices is None:
         return
-    for index, norm in zip(batch.indices, _each(norms, len(batch.params)), strict=True):
-        batch.norms[index] = norm
+    batch.norms.update(zip(batch.indices, _each(norms, len(batch.params)), strict=True))
 
 
 def _call(batch: Batch, op: Op, out: list[Tensor] | None) -> Call:
@@ -155,25 +166,8 @@ def _arithmetic(batch: Batch) -> torch.dtype:
     return torch.float64 if batch.params[0].dtype == torch.float64 else torch.float32
 
 
-def _weights(batch: Batch, op: Op) -> list[list[float]]:
-    """The records' a, b, ratio, we and wg; clipping is in them unless the kernel finds it."""
-    if op in (Op.PRODUCTS, Op.DESCEND):
-        return [[0.0] * len(batch.params)] * 5
-    clip: Weight = 1.0 if batch.clip is None else batch.clip
-    average_weight, grad_weight = batch.momentum_weights
-    weights = (batch.grad_weight * clip, batch.difference_weight * clip, batch.ratio, average_weight, grad_weight)
-    return [_each(weight, len(batch.params)) for weight in weights]
-
-
-def _each(weight: Weight, count: int) -> list[float]:
-    if isinstance(weight, Tensor) and weight.ndim:
-        return cast(list[float], weight.tolist())  # pyright: ignore[reportUnknownMemberType]
-    return [float(weight)] * count
-
-
-def _step_sizes(batch: Batch, op: Op, lr: float, scales: list[float] | None) -> list[float]:
-    scales = [0.0] * len(batch.params) if scales is None else scales
-    if op == Op.ADAMW:
-        beta1 = batch.treatment.beta1
-        return [lr * scale / (1 - beta1 ** float(t)) for scale, t in zip(scales, batch.steps, strict=True)]
-    return [lr * scale for scale in scales]
+def _each(value: Weight | list[float], count: int) -> array[float]:
+    """The column of a number, or of one for each tensor."""
+    if isinstance(value, Tensor):
+        value = cast("float | list[float]", value.tolist())  # pyright: ignore[reportUnknownMemberType]
+    return array("d", value) if isinstance(value, list) else array("d", [value]) * count

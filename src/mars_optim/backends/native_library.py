@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cache
+from typing import Any
 
 from mars_optim.native import Isa, NativeUnavailable, forced_isa, handle
 
@@ -119,6 +122,16 @@ RECORD_FIELDS = (
 )
 RECORD = struct.Struct("=q15Q10d")
 
+
+def pack(columns: Sequence[array[Any]]) -> bytearray:
+    """Return records from their fields' columns in the order of `RECORD_FIELDS`: arrays of "Q", then of "d"."""
+    records = bytearray(RECORD.size * len(columns[0]))
+    words = {code: memoryview(records).cast(code) for code in ("Q", "d")}
+    for i, column in enumerate(columns):
+        words[column.typecode][i :: len(columns)] = column
+    return records
+
+
 _MEANINGS = {
     1: "the call's op, formats, rounding or sums do not go together",
     2: "this CPU does not have that level of the instruction set",
@@ -151,6 +164,13 @@ class Library:
         if status != 0:
             raise RuntimeError(f"native kernels refused the call: {_MEANINGS[status]}; got {_describe(call)}")
 
+    def add(self, addresses: array[int], increment: float, *, is_double: bool) -> list[float]:
+        """Add to the fp32 or fp64 numbers that lie at these addresses, each by itself; return what they are then."""
+        values = array("d", bytes(8 * len(addresses)))
+        where, count = addresses.buffer_info()
+        self.handle.mars_add(where, count, is_double, increment, values.buffer_info()[0])
+        return values.tolist()
+
 
 def run(call: Call, records: Memory, count: int, sums: Memory | None = None) -> None:
     """Run on the library that `load` gives; see `Library.run`."""
@@ -172,6 +192,14 @@ def load(isa: Isa | None = None) -> Library:
         ctypes.c_int64,
         ctypes.c_void_p,
     )
+    library.mars_add.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_double,
+        ctypes.c_void_p,
+    )
+    library.mars_add.restype = None
     levels = [level for level in Isa if library.mars_isa_levels() >> level & 1]
     wanted = isa if isa is not None else forced_isa()
     if wanted is None:
@@ -182,6 +210,15 @@ def load(isa: Isa | None = None) -> Library:
             f"{', '.join(level.name.lower() for level in levels)}; unset MARS_NATIVE_ISA"
         )
     return Library(library, wanted)
+
+
+@cache
+def loaded() -> Library | None:
+    """Return what `load` does; None where the kernels cannot run."""
+    try:
+        return load()
+    except NativeUnavailable:
+        return None
 
 
 def _address(buffer: Memory) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
 from mars_optim.batch import Batch
-from mars_optim.ownership import read_only_address
+from mars_optim.ownership import read_only_addresses
 from mars_optim.state import is_q8
 
 from .native_library import Op
@@ -18,27 +20,31 @@ AVERAGES = (Op.ADAMW, Op.LION, Op.MOMENTUM)  # change the moments, and keep g_t
 class Operands:
     """A batch's tensors in the memory layout of their parameter.
 
-    Those that have another layout get a copy; `write_back` brings what was written there home.
+    Those that have another layout get a copy; `write_back` brings what was written there home. Everything is looked
+    up anew for each call, a column at a time: that takes a tenth of a microsecond a tensor, and nothing can be out of
+    date.
     """
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
-        self._layouts = [_dense_strides(p) for p in batch.params]
+        # The strides of the state of a parameter are its own where it is dense.
+        self._layouts = [p.stride() if p.is_contiguous() else torch.empty_like(p).stride() for p in batch.params]
+        self._absent = array("Q", bytes(8 * len(batch.params)))
         self._copies: list[tuple[Tensor, Tensor]] = []
 
-    def columns(self, op: Op, out: list[Tensor] | None) -> list[list[int]]:
+    def columns(self, op: Op, out: list[Tensor] | None) -> list[array[int]]:
         """The element counts and the addresses of an operation's operands, in the order of `RECORD`; 0: absent."""
-        batch, absent = self._batch, [0] * len(self._batch.params)
+        batch, absent = self._batch, self._absent
         moves, averages, is_adamw, reads_gradient = op in MOVES, op in AVERAGES, op == Op.ADAMW, op != Op.DESCEND
 
-        def entry(name: str, wanted: bool) -> list[int]:
+        def entry(name: str, wanted: bool) -> array[int]:
             return self._addresses(batch.state[name], writes=True) if wanted and name in batch.state else absent
 
-        def plain(name: str, wanted: bool) -> list[int]:
-            return [t.data_ptr() for t in batch.state[name]] if wanted and name in batch.state else absent
+        def plain(name: str, wanted: bool) -> array[int]:
+            return _writable_addresses(batch.state[name]) if wanted and name in batch.state else absent
 
         return [
-            [p.numel() for p in batch.params],
+            array("Q", map(Tensor.numel, batch.params)),
             self._addresses(batch.params, writes=True) if moves else absent,
             entry("param_remainder", moves),
             self._addresses(batch.grads) if reads_gradient else absent,
@@ -61,14 +67,14 @@ class Operands:
             if tensor is not copy:
                 tensor.copy_(copy)
 
-    def _addresses(self, tensors: list[Tensor] | None, *, writes: bool = False) -> list[int]:
+    def _addresses(self, tensors: list[Tensor] | None, *, writes: bool = False) -> array[int]:
         if tensors is None:
-            return [0] * len(self._layouts)
-        address = Tensor.data_ptr if writes else read_only_address
-        return [address(self._laid_out(t, i, writes)) for i, t in enumerate(tensors)]
+            return self._absent
+        if [t.stride() for t in tensors] != self._layouts:
+            tensors = [self._laid_out(t, layout, writes) for t, layout in zip(tensors, self._layouts, strict=True)]
+        return _writable_addresses(tensors) if writes else read_only_addresses(tensors)
 
-    def _laid_out(self, tensor: Tensor, i: int, writes: bool) -> Tensor:
-        layout = self._layouts[i]
+    def _laid_out(self, tensor: Tensor, layout: tuple[int, ...], writes: bool) -> Tensor:
         if tensor.stride() == layout:
             return tensor
         assert not is_q8(tensor)
@@ -77,6 +83,5 @@ class Operands:
         return copy
 
 
-def _dense_strides(param: Tensor) -> tuple[int, ...]:
-    """The strides of the state of a parameter: its own where it is dense."""
-    return param.stride() if param.is_contiguous() else torch.empty_like(param).stride()
+def _writable_addresses(tensors: list[Tensor]) -> array[int]:
+    return array("Q", map(Tensor.data_ptr, tensors))

@@ -118,6 +118,11 @@ def keep_params(state: dict[str, Any], param: Tensor) -> None:
         state["prev_param"] = param.detach().clone(memory_format=torch.preserve_format)
 
 
+def drop_params(state: dict[str, Any], param: Tensor) -> None:
+    """Forget what `keep_params` has kept."""
+    state.pop("prev_param", None)
+
+
 class Shielded:
     """A state tensor on its way through `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
 

@@ -12,7 +12,7 @@
 
 namespace mars {
 
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 constexpr int kQ8Block = 128;  // elements that share one scale
 
 enum Op : int32_t { kProducts, kAdamw, kLion, kMomentum, kDescend, kNumOps };

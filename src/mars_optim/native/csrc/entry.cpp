@@ -14,9 +14,10 @@
 namespace mars {
 namespace {
 
-constexpr int64_t kChunk = 32768;  // elements a task; whole blocks of kQ8Block
+constexpr int64_t kChunk = 32768;  // elements whose sums are added up by themselves; whole blocks of kQ8Block
 static_assert(kChunk % kQ8Block == 0, "a scale belongs to one task");
 constexpr int64_t kWindow = 1 << 17;  // elements measured before they are updated: g and g' of these stay in the cache
+constexpr int64_t kSpan = 4;  // chunks a task: memory likes long runs
 
 // What a tensor's clip factor takes: nothing, since a bound says 1; g alone, since the bound probably will; or all of c.
 enum class Reads : uint8_t { kNothing, kGradient, kAll };
@@ -24,7 +25,7 @@ enum class Reads : uint8_t { kNothing, kGradient, kAll };
 struct Task {
     bool measures;
     int64_t tensor;
-    int64_t chunk;
+    int64_t begin, end;  // chunks
 };
 
 // One call's tensors, tasks and what they find.
@@ -62,40 +63,52 @@ private:
     int64_t chunks_of(int64_t t) const { return (records_[t].n + kChunk - 1) / kChunk; }
 
     // Windows of tensors: all are measured, then updated from the last chunk to the first, since the last is the one
-    // that the cache still holds.
+    // that the cache still holds. For the same reason the last window comes first, unless it is norms that are asked for.
     void order() {
         tasks_.reserve(size_t(first_.back()) * (measures_ ? 2 : 1));
-        int64_t begin = 0, elements = 0;
-        for (int64_t t = 0; t < count_; ++t) {
+        if (call_.op == kProducts) return add_tasks(true, 0, count_);
+        int64_t end = count_, elements = 0;
+        for (int64_t t = count_; t-- > 0;) {
             elements += records_[t].n;
-            if (elements < kWindow && t + 1 < count_) continue;
-            if (measures_)
-                for (int64_t i = begin; i <= t; ++i)
-                    for (int64_t c = 0; c < chunks_of(i) && reads_[size_t(i)] != Reads::kNothing; ++c)
-                        tasks_.push_back({true, i, c});
-            if (call_.op != kProducts)
-                for (int64_t i = t; i >= begin; --i)
-                    for (int64_t c = chunks_of(i); c-- > 0;) tasks_.push_back({false, i, c});
-            begin = t + 1;
+            if (elements < kWindow && t > 0) continue;
+            if (measures_) add_tasks(true, t, end);
+            add_tasks(false, t, end);
+            end = t;
             elements = 0;
         }
+    }
+
+    // Measures tensors from the first chunk to the last, updates them from the last to the first.
+    void add_tasks(bool measures, int64_t begin, int64_t end) {
+        const size_t size = tasks_.size();
+        for (int64_t t = begin; t < end; ++t) {
+            if (measures && reads_[size_t(t)] == Reads::kNothing) continue;
+            const int64_t chunks = chunks_of(t);
+            for (int64_t c = 0; c < chunks; c += kSpan) tasks_.push_back({measures, t, c, std::min(c + kSpan, chunks)});
+        }
+        if (!measures) std::reverse(tasks_.begin() + int64_t(size), tasks_.end());
     }
 
     void work() {
         for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) {
             const Task& task = tasks_[i];
             const Record& record = records_[task.tensor];
-            const int64_t start = task.chunk * kChunk, length = std::min(kChunk, record.n - start);
-            if (task.measures) measure(task, record, start, length);
-            else kernels_.update(call_, record, start, length, clip(task.tensor));
+            if (task.measures) {
+                for (int64_t c = task.begin; c < task.end; ++c) measure(task.tensor, c);
+            } else {
+                const int64_t start = task.begin * kChunk, length = std::min(task.end * kChunk, record.n) - start;
+                kernels_.update(call_, record, start, length, clip(task.tensor));
+            }
         }
     }
 
-    void measure(const Task& task, const Record& record, int64_t start, int64_t length) {
-        double* chunk_sums = &partial_[3 * size_t(first_[size_t(task.tensor)] + task.chunk)];
-        if (reads_[size_t(task.tensor)] == Reads::kAll) kernels_.measure(call_, record, start, length, chunk_sums);
+    void measure(int64_t t, int64_t chunk) {
+        const Record& record = records_[t];
+        const int64_t start = chunk * kChunk, length = std::min(kChunk, record.n - start);
+        double* chunk_sums = &partial_[3 * size_t(first_[size_t(t)] + chunk)];
+        if (reads_[size_t(t)] == Reads::kAll) kernels_.measure(call_, record, start, length, chunk_sums);
         if (call_.op != kProducts) chunk_sums[1] = squares_of_g(record, start, length);
-        if (pending_[size_t(task.tensor)].fetch_sub(1, std::memory_order_acq_rel) == 1) conclude(task.tensor);
+        if (pending_[size_t(t)].fetch_sub(1, std::memory_order_acq_rel) == 1) conclude(t);
     }
 
     double squares_of_g(Record record, int64_t start, int64_t length) const {
@@ -211,4 +224,15 @@ MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Re
         return kNoMemory;
     }
     return kOk;
+}
+
+// Adds to each number, a float or a double, and tells what it is then. Step counts are numbers in memory of their own.
+MARS_EXPORT void mars_add(void* const* numbers, int64_t count, int32_t is_double, double increment, double* values) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (is_double) {
+            values[i] = *static_cast<double*>(numbers[i]) += increment;
+        } else {
+            values[i] = *static_cast<float*>(numbers[i]) += float(increment);
+        }
+    }
 }
