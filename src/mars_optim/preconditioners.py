@@ -43,19 +43,26 @@ class Preconditioner:
 def polar_(backend: Backend, batch: Batch) -> None:
     """x <- x - lr * (scale * polar(m_t) + weight_decay * x), for each matrix of the tensor by itself."""
     momenta, treatment = backend.momentum_(batch), batch.treatment
-    directions = [torch.empty_like(m, memory_format=torch.contiguous_format) for m in momenta]
-    moments: list[Tensor] = []
-    blocks: list[Tensor] = []
-    for m, direction in zip(momenta, directions, strict=True):
-        if torch.is_grad_enabled():
-            m = m.clone()  # differentiable: the next step overwrites the momentum that this one's graph needs
-        moments += matrices(m, treatment.matrix_view)
-        blocks += matrices(direction, treatment.matrix_view)
-    for block, factor in zip(blocks, polar_factors(moments, treatment.polar), strict=True):
-        rows, columns = block.shape[-2:]
-        scale = update_scale(treatment.update_scale, rows, columns, transposed=treatment.matrix_transposed)
-        block.copy_(factor * scale)
-    backend.descend_(batch, directions, [1.0] * len(directions))
+    if torch.is_grad_enabled():
+        momenta = [m.clone() for m in momenta]  # differentiable: the next step overwrites what this one's graph needs
+    blocks = [matrices(m, treatment.matrix_view) for m in momenta]
+    factors = iter(polar_factors([block for own in blocks for block in own], treatment.polar))
+    directions: list[Tensor] = []
+    scales: list[float] = []
+    for m, own in zip(momenta, blocks, strict=True):
+        sizes = [
+            update_scale(treatment.update_scale, *block.shape[-2:], transposed=treatment.matrix_transposed)
+            for block in own
+        ]
+        if len(own) == 1:
+            directions.append(next(factors).reshape(m.shape))
+            scales += sizes
+        else:
+            directions.append(torch.empty_like(m, memory_format=torch.contiguous_format))
+            scales.append(1.0)
+            for block, size in zip(matrices(directions[-1], treatment.matrix_view), sizes, strict=True):
+                block.copy_(next(factors) * size)
+    backend.descend_(batch, directions, scales)
 
 
 def polar_together_(ready: Sequence[tuple[Batch, Backend]], gathers: bool) -> None:

@@ -176,8 +176,8 @@ def _normalised(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.ndim == 2 and x.device.type == "cpu" and is_eager(x):  # there looking at the norm costs nothing
         size = torch.linalg.vector_norm(x).item()
         if 1e-12 < size < 1e12:
-            if x.mT.is_contiguous() and x.dtype == dtype and is_available(dtype):
-                return scaled_transpose(x.mT, 1 / size)
+            if x.mT.is_contiguous() and is_available(dtype):
+                return scaled_transpose(x.mT.to(dtype), 1 / size)
             return torch.mul(x, 1 / size, out=torch.empty_like(x, dtype=dtype))
     dims = (-2, -1)
     # Entries are brought to [1, 2) first: the squares must neither overflow nor vanish. Powers of 2 round nothing.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .minimax import Triple
+from .native_product import is_eager
 from .symmetric import product, symmetric_product, transposed_product
 
 _GRAM_FROM = 256  # rows
@@ -107,6 +108,7 @@ def _polynomial_of_gram(
 
 
 def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
-    result = matrix.clone()
+    """Return matrix + value * I, in the memory of `matrix` where that may be written to."""
+    result = matrix if is_eager(matrix) else matrix.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(value)
     return result
