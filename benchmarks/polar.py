@@ -4,7 +4,7 @@
     python benchmarks/polar.py --device cuda            # 24 x 2048 x 8192 in bfloat16
 
 CPU: the hidden matrices of GPT-2 small. `torch.optim.Muon` is its whole step (momentum, 5 Jordan steps in bfloat16
-whatever the parameters' dtype, update); `polar` is `polar_factors` with its defaults, 6 Polar Express steps.
+whatever the parameters' dtype, update); `polar` is `polar_factors`, 6 Polar Express steps where nothing else is said.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def cpu_work(layers: int) -> Work:
     shapes = LAYER * layers
     work: Work = {}
     half, full = PolarMethod(dtype=torch.bfloat16), PolarMethod(dtype=torch.float32)
+    five = PolarMethod(dtype=torch.bfloat16, steps=5)
     for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
         for p in params:
@@ -56,6 +57,9 @@ def cpu_work(layers: int) -> Work:
         matrices = [p.grad for p in params if p.grad is not None]
         work[f"{label} parameters: torch.optim.Muon, whole step"] = muon.step
         work[f"{label} parameters: polar, bf16 arithmetic"] = lambda m=matrices: [polar_factors([x], half) for x in m]
+        work[f"{label} parameters: polar, bf16 arithmetic, 5 steps"] = lambda m=matrices: [
+            polar_factors([x], five) for x in m
+        ]
         if label == "fp32":
             work["fp32 parameters: polar, fp32 arithmetic"] = lambda m=matrices: [polar_factors([x], full) for x in m]
             work["fp32 parameters: Muon's 5 Jordan steps in fp32"] = lambda m=matrices: [standard(x) for x in m]

@@ -29,15 +29,20 @@ COEFFICIENTS: Mapping[str, tuple[Triple, ...]] = {
 }
 
 _MARGIN, _RESTART_MARGIN = 1.05, 1.2
+# Five steps have no room to spare. By whether the iteration starts anew; found by trying (`docs/polar.md`).
+_FIVE_MARGINS = {False: (1.0, 1.01, 1.01, 1.01, 1.01), True: (1.0, 1.05, 1.1, 1.02, 1.02)}
 
 
 @cache
-def _with_margins(steps: int) -> tuple[Triple, ...]:
-    """Polar Express for the Gram form in half precision, which starts anew from X_t = Q X before every second step.
+def _with_margins(steps: int, restarts: bool) -> tuple[Triple, ...]:
+    """Polar Express solved for what rounding to half precision may have done to singular values before each step.
 
-    With Q of about 30 in bfloat16, the large singular values may then be wrong by 3 x 30 x 2^-9, if the entries of
-    their directions are alike and all rounded to the same side. What is wrong before the last step can't grow any more.
+    The Gram form starts anew from X_t = Q X before every second step. With Q of about 30 in bfloat16, the large singular
+    values may then be wrong by 3 x 30 x 2^-9, if the entries of their directions are alike and all rounded to the same
+    side. What is wrong before the last step can't grow any more.
     """
+    if steps == 5:
+        return polar_express(LOWER_BOUND, steps, margins=_FIVE_MARGINS[restarts])
     margins = [1.0, *(_MARGIN if i % 2 else _RESTART_MARGIN for i in range(1, steps - 1)), _MARGIN][:steps]
     return polar_express(LOWER_BOUND, steps, margins=margins)
 
@@ -50,16 +55,16 @@ def triples(
     Polar Express maps 1 to exactly 1, so a singular value that rounding has pushed above 1 would grow from step to
     step. As in the paper, every step but the last divides its argument by a safety factor, larger in half precision:
     p(x / s) has the coefficients a/s, b/s^3, c/s^5. Where the Gram form `restarts` in half precision that is not
-    enough, and each step is solved on an interval that is wider by what rounding does. Custom triples are used as
-    they are.
+    enough, and with five steps it is too much: there each step is solved on an interval that is wider by what rounding
+    does. Custom triples are used as they are.
 
     Raises:
         ValueError: unknown coefficients, or `steps` less than 1.
     """
     check_steps(steps)
     table = COEFFICIENTS[check(coefficients)] if isinstance(coefficients, str) else tuple(coefficients)
-    if coefficients == "polar-express" and half_precision and restarts:
-        return _with_margins(steps)
+    if coefficients == "polar-express" and half_precision and (restarts or steps == 5):
+        return _with_margins(steps, restarts)
     chosen = (table + table[-1:] * steps)[:steps]
     if coefficients != "polar-express":
         return chosen
