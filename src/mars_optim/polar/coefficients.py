@@ -37,9 +37,9 @@ _FIVE_MARGINS = {False: (1.0, 1.01, 1.01, 1.01, 1.01), True: (1.0, 1.05, 1.1, 1.
 def _with_margins(steps: int, restarts: bool) -> tuple[Triple, ...]:
     """Polar Express solved for what rounding to half precision may have done to singular values before each step.
 
-    The Gram form starts anew from X_t = Q X before every second step. With Q of about 30 in bfloat16, the large singular
-    values may then be wrong by 3 x 30 x 2^-9, if the entries of their directions are alike and all rounded to the same
-    side. What is wrong before the last step can't grow any more.
+    The Gram form starts anew from X_t = Q X before every second step. With Q of about 30 in bfloat16, the large
+    singular values may then be wrong by 3 x 30 x 2^-9, if the entries of their directions are alike and all rounded to
+    the same side. What is wrong before the last step can't grow any more.
     """
     if steps == 5:
         return polar_express(LOWER_BOUND, steps, margins=_FIVE_MARGINS[restarts])
