@@ -118,9 +118,9 @@ class TrainConfig:
     """Share of the steps in which the learning rate rises to its peak."""
     final_lr_ratio: float = 0.1
     """Learning rate at the end, as a multiple of the peak (cosine and wsd)."""
-    precision: Literal["auto", "fp32", "bf16", "bf16-params"] = "auto"
-    """bf16 runs the model under autocast, bf16-params also stores its weights so. auto: bf16 where the hardware
-    multiplies it, otherwise fp32."""
+    precision: Literal["auto", "fp32", "fp16", "bf16", "bf16-params"] = "auto"
+    """bf16 and fp16 run the model under autocast, fp16 with loss scaling; bf16-params also stores its weights in bf16.
+    auto: bf16 where the hardware multiplies it, otherwise fp32."""
     parallel: Annotated[Literal["ddp", "fsdp", "hsdp", "tp"], tyro.conf.arg(aliases=("--parallel",))] = "ddp"
     """What several processes divide: the batch alone (ddp), also the weights and the optimizer's state (fsdp; hsdp
     within groups), or also each layer within groups (tp). docs/cluster.md says which to take."""
@@ -165,6 +165,11 @@ class TrainConfig:
             raise InputError("train.wandb needs the package wandb: pip install wandb")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"train.device is {self.device!r}, but this torch sees no CUDA device; use auto or cpu")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What the model multiplies in, under autocast; None switches that off."""
+        return {"fp32": None, "fp16": torch.float16}.get(self.precision, torch.bfloat16)
 
     def resolved(self) -> "TrainConfig":
         """The same with every `auto` replaced by what this machine has."""

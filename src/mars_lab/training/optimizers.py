@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from mars_lab.training.config import OptimizerConfig, TrainConfig
+from mars_lab.training.scaling import LossScaling
 from mars_lab.training.shampoo import Shampoo
 from mars_optim import MARS, param_groups
 from mars_optim.schedules import Linear, WarmupConstant, WarmupCosine, WarmupMultiStep, WarmupStableDecay
@@ -19,9 +20,10 @@ _MUON_SCALES = {"rms": "match_rms_adamw", "spectral": "original"}  # torch's nam
 
 
 class Stepper:
-    """One or more torch optimizers over disjoint parameters, their schedules and global clipping, as one.
+    """One or more torch optimizers over disjoint parameters, their schedules, global clipping and loss scaling, as one.
 
     `audit` says which parameter is treated how. `gradient_evaluations` is the number of gradients a step needs.
+    `scaling` is for `backward` to call; it knows which steps were skipped.
     """
 
     def __init__(
@@ -34,6 +36,8 @@ class Stepper:
         self._peak_lr = config.lr
         self._multiplier = _multiplier(train)
         self._schedulers = [LambdaLR(part, self._multiplier) for part in parts]
+        self._parameters: list[Tensor] = [p for part in parts for group in part.param_groups for p in group["params"]]
+        self.scaling = LossScaling(self._parameters, enabled=train.precision == "fp16")
 
     @property
     def lr(self) -> float:
@@ -41,10 +45,11 @@ class Stepper:
         return self._peak_lr * self._multiplier(self._schedulers[0].last_epoch)
 
     def step(self, backward: Callable[[], float], *, measure_norm: bool) -> tuple[float, float | None]:
-        """Take one step.
+        """Take one step, or skip it where gradients in float16 overflow: then only the schedules go on.
 
         Args:
-            backward: computes the mean loss of this step's batch, leaves its gradient in `.grad`, returns it.
+            backward: computes the mean loss of this step's batch, leaves the gradient of `scaling.scale` of it in
+                `.grad`, returns the loss.
                 Called twice in exact mode, at the previous and then at the current weights.
             measure_norm: also measure the gradient's norm before clipping (it costs a pass over the gradients
                 where the optimizer clips by itself).
@@ -55,21 +60,23 @@ class Stepper:
         mars = self.parts[0]
         if isinstance(mars, MARS) and self.gradient_evaluations == 2:
             with mars.previous_params():
-                backward()
+                self.scaling.unscale_(backward())
         loss = backward()
+        self.scaling.unscale_(loss)
         norm = self._clip(measure_norm, clips_itself=isinstance(mars, MARS))
         for part, scheduler in zip(self.parts, self._schedulers, strict=True):
-            part.step()
+            if not self.scaling.has_overflowed:
+                part.step()
             part.zero_grad(set_to_none=True)
             scheduler.step()
+        self.scaling.finish_step()
         return loss, norm
 
     def _clip(self, measure_norm: bool, *, clips_itself: bool) -> float | None:
-        parameters = [p for part in self.parts for group in part.param_groups for p in group["params"]]
         if self._max_grad_norm is not None and not clips_itself:
-            norm: Tensor = clip_grad_norm_(parameters, self._max_grad_norm)
+            norm: Tensor = clip_grad_norm_(self._parameters, self._max_grad_norm)
         elif measure_norm:
-            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         else:
             return None
         if not measure_norm:

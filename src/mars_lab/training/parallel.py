@@ -37,8 +37,8 @@ def spread(model: nn.Module, task: Task, config: TrainConfig, processes: Process
         # True of logits that were a DTensor; no loss changes them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy()
-    if config.precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if config.precision in ("bf16", "fp16"):
+        policy = MixedPrecisionPolicy(param_dtype=config.autocast_dtype, reduce_dtype=torch.float32)
     for part in (*task.layers(model), model):
         fully_shard(part, mesh=shard_mesh, mp_policy=policy, shard_placement_fn=_shard_dimension)
 

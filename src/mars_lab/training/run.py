@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 import signal
+import sys
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ from mars_lab.tasks.task import Task, changed_lines
 from mars_lab.training import optimizers
 from mars_lab.training.checkpoint import contents, dcp, loader
 from mars_lab.training.checkpoint import folder as folders
-from mars_lab.training.checkpoint.contents import RANDOM, Contents
+from mars_lab.training.checkpoint.contents import MODEL, RANDOM, Contents
 from mars_lab.training.checkpoint.random_state import packed, random_state, restore_random_state, unpacked
 from mars_lab.training.checkpoint.saver import Saver
 from mars_lab.training.config import RunConfig
@@ -99,14 +100,19 @@ class Run:
         seconds = time.perf_counter() - begin
         self.step += 1
         self.seconds += seconds
-        row = {"tokens": self.tokens, "seconds": self.seconds, "loss": loss, "lr": lr}
+        row = {"tokens": self.tokens, "seconds": self.seconds, "loss": loss, "lr": lr, **self.stepper.scaling.measures}
         if norm is not None:
             row |= {"grad_norm": norm, **self._diagnostics.collect(tokens=self.tokens, seconds=self.seconds)}
-        metrics.log(self.step, row)
+        metrics.log(self.step, {name: value for name, value in row.items() if math.isfinite(value)})
         progress.step(self.step, loss, self.tokens - tokens_before)
+        if self.stepper.scaling.is_exhausted:
+            raise self._not_finite(
+                f"float16 overflows whatever the scale of the loss, which has fallen below 1 at step {self.step}",
+                remedies="--train.precision bf16 or fp32, ",
+            )
 
     def _backward(self) -> float:
-        """Mean loss of this step's sequences, of all processes; leaves its gradient in `.grad`."""
+        """Mean loss of this step's sequences, of all processes; leaves its gradient, scaled, in `.grad`."""
         count, size = self.config.num_accumulation_steps, self.config.batch_size
         rows = self.ranks.rows(size)
         losses: list[Tensor] = []
@@ -118,11 +124,11 @@ class Run:
             with self._forward.accumulating(is_last=index == count - 1):
                 with self.autocast():
                     loss = self.task.loss(self._forward.module, batch) / count
-                loss.backward()
+                self.stepper.scaling.scale(loss).backward()
             losses.append(loss.detach())
         total = self._agree(sum(torch.stack(losses).tolist()))
         self.watchdog.enter(f"the optimizer's part of step {self.step + 1}")
-        if not math.isfinite(total):
+        if not math.isfinite(total) and not self.stepper.scaling.is_enabled:  # it skips the step
             raise self._not_finite(f"the loss is {total} at step {self.step + 1}")
         return total
 
@@ -148,11 +154,11 @@ class Run:
     def save(self, metrics: Metrics) -> None:
         """Begin to write a checkpoint, unless a weight is not finite: such a checkpoint would replace a good one."""
         self.watchdog.enter(f"the checkpoint after step {self.step}, whose predecessor may still be written")
-        bad = [name for p, name in self._names.items() if not _local(p).isfinite().all()]
+        tensors = contents.model_tensors(self.model)
+        bad = [key.removeprefix(MODEL) for key, value in tensors.items() if not _local(value).isfinite().all()]
         if any_bad := [name for names in self.ranks.gathered(bad[:1]) for name in names]:
             raise self._not_finite(f"the weight {any_bad[0]} is not finite after step {self.step}")
         metrics.flush_to_disk()
-        tensors = contents.model_tensors(self.model)
         for part in self.stepper.parts:
             tensors |= contents.optimizer_tensors(part, self._names)
         tensors[f"{RANDOM}{self.ranks.rank}"] = packed(random_state())
@@ -163,6 +169,7 @@ class Run:
             "param_groups": [contents.optimizer_groups(part, self._names) for part in self.stepper.parts],
             "tied": contents.tied_names(self.model),
             "schedulers": self.stepper.schedules_state(),
+            "scaler": self.stepper.scaling.state_dict(),
             "next_sequence": self.step * self.config.num_accumulation_steps * self.config.batch_size,
             "data": self.task.fingerprint,
             "config": self._config_dict,
@@ -189,21 +196,25 @@ class Run:
         for part, groups in zip(self.stepper.parts, values["param_groups"], strict=True):
             contents.load_optimizer(part, self._names, tensors, groups)
         self.stepper.load_schedules(values["schedulers"])
+        if scaler := values.get("scaler"):
+            self.stepper.scaling.load_state_dict(scaler)
+        elif self.stepper.scaling.is_enabled and self.ranks.is_first:
+            print(f"{path} is not of a run in fp16; the scale of the loss begins anew.", file=sys.stderr)
         self.step, self.seconds, self.measures = values["step"], values["seconds"], values["measures"]
         if own_random in tensors:
             restore_random_state(unpacked(tensors[own_random]))
 
     def autocast(self) -> torch.autocast:
-        device_type = torch.device(self.ranks.device).type
-        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.precision.startswith("bf16"))
+        dtype = self.config.autocast_dtype
+        return torch.autocast(torch.device(self.ranks.device).type, dtype, enabled=dtype is not None)
 
-    def _not_finite(self, what: str) -> DivergenceError:
+    def _not_finite(self, what: str, remedies: str = "") -> DivergenceError:
         self._saver.wait()
         good = next(iter(folders.newest_first(self.folder.checkpoints)), None)
         return DivergenceError(
             f"{what}; the last good checkpoint is "
             f"{good or 'none, it failed before the first was due'}. "
-            "Try a lower --optimizer.lr or a larger --train.warmup-fraction"
+            f"Try {remedies}a lower --optimizer.lr or a larger --train.warmup-fraction"
         )
 
 
