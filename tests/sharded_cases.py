@@ -22,6 +22,8 @@ def _cases() -> list[Case]:
     for layout in ("ddp", "fsdp", "fsdp 2 x tp 2"):
         cases.append(Case(layout, "m", 4, {"gather_matrices": True}))
         cases.append(Case(layout, "m", 4, {"clip_norm": None, "fused": False}))
+    # Whoever owns a parameter keeps its gradient's memory, and must tell the others of it all the same.
+    cases += [Case("ddp + sharded state", t, 2, {"donate_grads": True}) for t in ("adamw", "m")]
     for layout in ("ddp + sharded state", "hsdp 2x2"):
         cases.append(Case(layout, "adamw", 4, {"skip_nonfinite": True}))
         cases.append(Case(layout, "adamw", 4, {"state_precision": "8bit"}, tolerance=0.1))
