@@ -502,6 +502,18 @@ MUTANTS = [
         "_BITS_THERE, _BITS_BACK = 10, 10",
         ("test_wire.py", "both_ways"),
     ),
+    mutant(
+        "a scale rounded down",
+        "torch.where(rounded < scales,",
+        "torch.where(rounded > 2 * scales,",
+        ("test_wire.py", "half_a_spacing"),
+    ),
+    mutant(
+        "the scale's bits over whole codes",
+        "bits - 1) << 1",
+        "bits)",
+        ("test_wire.py", "half_a_spacing"),
+    ),
     sharded(
         "gathered matrices not rounded",
         "momentum[held] = there.rounded(momentum[held])",
