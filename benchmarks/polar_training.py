@@ -1,6 +1,6 @@
-"""Trains a shortened default recipe with each way to compute polar factors; table and figure.
+"""Trains the default recipe with each way to compute polar factors; table and figure.
 
-    python benchmarks/polar_training.py [--steps 60] [--batch-size 8] [--seeds 0 1 2] [--out benchmarks/results]
+    python benchmarks/polar_training.py [--steps 400] [--batch-size 16] [--seeds 0 1 2] [--out benchmarks/results]
 
 The figure goes to docs/figures/polar_training.png. Finished runs are kept in runs/polar and not repeated.
 """
@@ -33,8 +33,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "svd": {"polar_method": "svd", "polar_dtype": None},
     "newton": {"polar_method": "newton", "polar_dtype": None},
     "qdwh": {"polar_method": "qdwh", "polar_dtype": None},
-    "polar-express 6 bf16": {"polar_dtype": torch.bfloat16},
-    "polar-express 6 fp32": {"polar_dtype": torch.float32},
+    "polar-express 6 bf16": {"polar_coefficients": "polar-express", "polar_dtype": torch.bfloat16},
+    "polar-express 6 fp32": {"polar_coefficients": "polar-express", "polar_dtype": torch.float32},
+    "degree 17 bf16": {"polar_coefficients": "degree-17", "polar_dtype": torch.bfloat16},
     "you 5 bf16": {"polar_coefficients": "you", "polar_steps": 5, "polar_dtype": torch.bfloat16},
     "jordan 5 bf16": {"polar_coefficients": "jordan", "polar_steps": 5, "polar_dtype": torch.bfloat16},
     "sketch, rank 64": {"polar_method": "sketch", "polar_rank": 64, "polar_dtype": None},
@@ -60,8 +61,8 @@ def run(name: str, seed: int, steps: int, batch_size: int) -> list[tuple[int, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()

@@ -112,7 +112,9 @@ def test_bad_input_says_what_would_do() -> None:
         ValueError, match="polar_method must be one of newton-schulz, svd, newton, qdwh, sketch; got 'qr'"
     ):
         polar_factor(torch.ones(3, 3), "qr")
-    with pytest.raises(ValueError, match="polar_coefficients must be one of jordan, you, polar-express"):
+    with pytest.raises(
+        ValueError, match="polar_coefficients must be None, one of jordan, you, polar-express, degree-17, or"
+    ):
         polar_factor(torch.ones(3, 3), coefficients="jordn")
     with pytest.raises(ValueError, match="polar_steps must be an integer >= 1; got 0"):
         polar_factor(torch.ones(3, 3), steps=0)

@@ -103,7 +103,7 @@ def _as_scalar(value: Scalar) -> Scalar:
 
 def polar_method(group: dict[str, Any]) -> PolarMethod:
     """Return how polar factors are computed in `group`; raises ValueError for values out of range."""
-    steps: int | Callable[[int], int] = group["polar_steps"]
+    steps: int | Callable[[int], int] | None = group["polar_steps"]
     return PolarMethod(
         group["polar_method"],
         group["polar_coefficients"],

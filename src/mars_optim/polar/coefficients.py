@@ -1,4 +1,4 @@
-"""Odd quintic polynomials p(x) = a x + b x^3 + c x^5 whose composition drives singular values to 1."""
+"""Odd polynomials whose composition drives singular values to 1: quintics p(x) = a x + b x^3 + c x^5, and names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import cache
 from typing import cast
 
 from .minimax import Triple, check_steps, polar_express
+from .squaring import DEGREE_17
 
 LOWER_BOUND = 3e-3
 """Singular values, as parts of the Frobenius norm, from which `"polar-express"` is minimax: see `docs/polar.md`."""
@@ -28,21 +29,20 @@ COEFFICIENTS: Mapping[str, tuple[Triple, ...]] = {
     "polar-express": polar_express(LOWER_BOUND, 10),
 }
 
+NAMES = (*COEFFICIENTS, "degree-17")
+DEFAULT_STEPS = {"jordan": 5, "you": 5, "polar-express": 6, "degree-17": len(DEGREE_17)}
+
 _MARGIN, _RESTART_MARGIN = 1.05, 1.2
-# Five steps have no room to spare. By whether the iteration starts anew; found by trying (`docs/polar.md`).
-_FIVE_MARGINS = {False: (1.0, 1.01, 1.01, 1.01, 1.01), True: (1.0, 1.05, 1.1, 1.02, 1.02)}
 
 
 @cache
-def _with_margins(steps: int, restarts: bool) -> tuple[Triple, ...]:
+def _with_margins(steps: int) -> tuple[Triple, ...]:
     """Polar Express solved for what rounding to half precision may have done to singular values before each step.
 
     The Gram form starts anew from X_t = Q X before every second step. With Q of about 30 in bfloat16, the large
     singular values may then be wrong by 3 x 30 x 2^-9, if the entries of their directions are alike and all rounded to
     the same side. What is wrong before the last step can't grow any more.
     """
-    if steps == 5:
-        return polar_express(LOWER_BOUND, steps, margins=_FIVE_MARGINS[restarts])
     margins = [1.0, *(_MARGIN if i % 2 else _RESTART_MARGIN for i in range(1, steps - 1)), _MARGIN][:steps]
     return polar_express(LOWER_BOUND, steps, margins=margins)
 
@@ -55,16 +55,16 @@ def triples(
     Polar Express maps 1 to exactly 1, so a singular value that rounding has pushed above 1 would grow from step to
     step. As in the paper, every step but the last divides its argument by a safety factor, larger in half precision:
     p(x / s) has the coefficients a/s, b/s^3, c/s^5. Where the Gram form `restarts` in half precision that is not
-    enough, and with five steps it is too much: there each step is solved on an interval that is wider by what rounding
-    does. Custom triples are used as they are.
+    enough: there each step is solved on an interval that is wider by what rounding does. Custom triples are used as
+    they are.
 
     Raises:
-        ValueError: unknown coefficients, or `steps` less than 1.
+        ValueError: `steps` less than 1.
     """
     check_steps(steps)
-    table = COEFFICIENTS[check(coefficients)] if isinstance(coefficients, str) else tuple(coefficients)
-    if coefficients == "polar-express" and half_precision and (restarts or steps == 5):
-        return _with_margins(steps, restarts)
+    table = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else tuple(coefficients)
+    if coefficients == "polar-express" and half_precision and restarts:
+        return _with_margins(steps)
     chosen = (table + table[-1:] * steps)[:steps]
     if coefficients != "polar-express":
         return chosen
@@ -78,20 +78,22 @@ def check(coefficients: str) -> str:
     Raises:
         ValueError: no such name.
     """
-    if coefficients not in COEFFICIENTS:
+    if coefficients not in NAMES:
         raise ValueError(
-            f"polar_coefficients must be one of {', '.join(COEFFICIENTS)} or a tuple of triples (a, b, c); "
+            f"polar_coefficients must be None, one of {', '.join(NAMES)}, or a tuple of triples (a, b, c); "
             f"got {coefficients!r}"
         )
     return coefficients
 
 
-def plain(coefficients: object) -> str | tuple[Triple, ...]:
-    """Return a name as it is, and triples as tuples of floats.
+def plain(coefficients: object) -> str | tuple[Triple, ...] | None:
+    """Return a name, or None, as it is, and triples as tuples of floats.
 
     Raises:
-        ValueError: neither.
+        ValueError: something else.
     """
+    if coefficients is None:
+        return None
     if isinstance(coefficients, str):
         return check(coefficients)
     if isinstance(coefficients, (list, tuple)) and coefficients:

@@ -15,7 +15,7 @@ from .dense import by_newton, by_qdwh, by_svd
 from .method import PolarMethod
 from .minimax import Triple
 from .native_product import is_available, is_eager, scaled_transpose
-from .newton_schulz import cheaper_form, multiplications, newton_schulz
+from .newton_schulz import newton_schulz
 from .sketch import Sketch, sketched
 
 _DENSE = {"svd": by_svd, "newton": by_newton, "qdwh": by_qdwh}
@@ -26,8 +26,8 @@ def polar_factor(
     matrix: Tensor,
     method: str = "newton-schulz",
     *,
-    coefficients: str | Sequence[Triple] = "polar-express",
-    steps: int = 6,
+    coefficients: str | Sequence[Triple] | None = None,
+    steps: int | None = None,
     dtype: torch.dtype | None = None,
     rank: int | None = None,
     form: str = "auto",
@@ -39,13 +39,16 @@ def polar_factor(
         method: `"newton-schulz"` (polynomials; fast), `"svd"` (the oracle), `"newton"` or `"qdwh"` (inverses or
             Cholesky and QR; for full rank as accurate as the SVD), `"sketch"` (of rank `rank`, see `polar_sketch`).
         coefficients: for Newton-Schulz: `"polar-express"`, `"jordan"`, `"you"`, or triples (a, b, c) of
-            p(x) = a x + b x^3 + c x^5, one for each step, the last one repeated; see `polar_express`.
-        steps: number of iterations; for Newton-Schulz. Six Polar Express steps leave every singular value above
-            3e-3 of the Frobenius norm within 0.001 of 1 in fp32 and within 0.03 in bfloat16.
+            p(x) = a x + b x^3 + c x^5, one for each step, the last one repeated; see `polar_express`. `"degree-17"`:
+            three polynomials that are cheaper than five of those. `None`: these in half precision from 256 rows (or
+            columns, where they are fewer) on, otherwise `"polar-express"`, as whenever `steps` or `form` is given.
+        steps: number of iterations; for Newton-Schulz. `None`: as many as the coefficients are meant for, 6 for
+            `"polar-express"` and 5 for `"jordan"` and `"you"`. The default leaves every singular value above 3e-3 of
+            the Frobenius norm within 0.001 of 1 in fp32 and within 0.03 in half precision.
         dtype: arithmetic of the iteration. `None`: the input's for float64 and bfloat16; otherwise bfloat16 on an
             accelerator and fp32 on the CPU. Factorisations: fp32 or float64.
         rank: of the sketch.
-        form: of Newton-Schulz: `"standard"`, `"gram"` or `"auto"`, which counts multiplications.
+        form: of quintics: `"standard"`, `"gram"` or `"auto"`, which counts multiplications.
 
     Returns:
         A tensor of the shape and dtype of `matrix`. A zero matrix gives zero; a matrix with an inf or nan gives nan,
@@ -119,7 +122,7 @@ def polar_work(rows: int, columns: int, how: PolarMethod) -> float:
     """Return about how many multiplications the polar factor of one matrix takes, to balance the work of ranks."""
     n, m = sorted((rows, columns))
     if how.method == "newton-schulz":
-        return multiplications(n, m, how.steps, how.dtype or torch.bfloat16, how.form)
+        return how.multiplications(n, m, how.dtype or torch.bfloat16)
     return 10.0 * n * n * m if how.rank is None else 4.0 * n * m * how.rank
 
 
@@ -143,9 +146,8 @@ def _newton_schulz(x: Tensor, how: PolarMethod, *, transposed: bool = False) -> 
     """Polar factor of a matrix, or of a batch of shape (count, rows, columns), with rows <= columns."""
     dtype = how.arithmetic(x)
     # Products of rows with rows are the faster ones on the CPU, by more than the copy costs.
-    form = how.form if how.form != "auto" else cheaper_form(x.shape[-2], x.shape[-1], how.steps, dtype)
-    polynomials = how.polynomials(dtype, form)
-    return newton_schulz(_normalised(x, dtype).contiguous(), polynomials, form, transposed=transposed)
+    stages = how.stages(x.shape[-2], x.shape[-1], dtype)
+    return newton_schulz(_normalised(x, dtype).contiguous(), stages, transposed=transposed)
 
 
 @cache

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .coefficients import triples
-from .minimax import Triple
-from .newton_schulz import FORMS, HALF
+from .coefficients import DEFAULT_STEPS, triples
+from .minimax import Triple, check_steps
+from .newton_schulz import FORMS, GRAM_FROM, HALF, Stage, cheaper_form, multiplications, quintic_stages
+from .squaring import DEGREE_17, by_squaring, multiplications_by_squaring
 
 METHODS = ("newton-schulz", "svd", "newton", "qdwh", "sketch")
 _DTYPES = (None, torch.float64, torch.float32, *HALF)
@@ -21,8 +23,8 @@ class PolarMethod:
     """How polar factors are computed; see `polar_factor` for the fields."""
 
     method: str = "newton-schulz"
-    coefficients: str | Sequence[Triple] = "polar-express"
-    steps: int = 6
+    coefficients: str | Sequence[Triple] | None = None
+    steps: int | None = None
     dtype: torch.dtype | None = None
     rank: int | None = None
     form: str = "auto"
@@ -43,11 +45,46 @@ class PolarMethod:
             raise ValueError(f"polar_rank belongs to polar_method='sketch'; got {self.method!r} with {self.rank!r}")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"polar_rank must be an integer >= 1; got {self.rank!r}")
-        self.polynomials()
+        if self.steps is not None:
+            check_steps(self.steps)
+        if self.coefficients == "degree-17" and (self.steps not in (None, len(DEGREE_17)) or self.form != "auto"):
+            raise ValueError(
+                f"polar_coefficients='degree-17' are {len(DEGREE_17)} polynomials that belong together, of one form; "
+                f"leave out polar_steps={self.steps!r} and form={self.form!r}"
+            )
 
-    def polynomials(self, dtype: torch.dtype = torch.float32, form: str = "standard") -> tuple[Triple, ...]:
-        """Return the triples of the iteration in `dtype` by the form `form`."""
-        return triples(self.coefficients, self.steps, half_precision=dtype in HALF, restarts=form == "gram")
+    def stages(self, rows: int, columns: int, dtype: torch.dtype) -> list[Stage]:
+        """Return the stages of Newton-Schulz for rows <= columns in `dtype`."""
+        if self._chosen(rows, dtype) == "degree-17":
+            return [partial(by_squaring, coefficients=row) for row in DEGREE_17]
+        form = self._form(rows, columns, dtype)
+        coefficients = self.coefficients or "polar-express"
+        polynomials = triples(coefficients, self._num_steps, half_precision=dtype in HALF, restarts=form == "gram")
+        return quintic_stages(polynomials, form, dtype)
+
+    def multiplications(self, rows: int, columns: int, dtype: torch.dtype) -> float:
+        """Return the multiply-adds of Newton-Schulz for rows <= columns, counting symmetric products as half."""
+        if self._chosen(rows, dtype) == "degree-17":
+            return multiplications_by_squaring(rows, columns)
+        return multiplications(rows, columns, self._num_steps, dtype, self._form(rows, columns, dtype))
+
+    @property
+    def _num_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        if isinstance(self.coefficients, str | None):
+            return DEFAULT_STEPS[self.coefficients or "polar-express"]
+        return len(self.coefficients)
+
+    def _chosen(self, rows: int, dtype: torch.dtype) -> str | Sequence[Triple]:
+        """Return the coefficients: the given ones, else the cheapest that are accurate enough in `dtype`."""
+        if self.coefficients is not None:
+            return self.coefficients
+        is_fastest = dtype in HALF and rows >= GRAM_FROM and self.steps is None and self.form == "auto"
+        return "degree-17" if is_fastest else "polar-express"
+
+    def _form(self, rows: int, columns: int, dtype: torch.dtype) -> str:
+        return self.form if self.form != "auto" else cheaper_form(rows, columns, self._num_steps, dtype)
 
     def arithmetic(self, matrix: Tensor) -> torch.dtype:
         """Return the dtype to iterate in: the given one; else float64 for float64, bfloat16 for bfloat16.

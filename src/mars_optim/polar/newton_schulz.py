@@ -8,45 +8,57 @@ r"""Newton-Schulz iteration, X <- p(X) with p(X) = a X + b (X X^T) X + c (X X^T)
 
 so that only the first and the last product involve X and all others are of the small size. Rounding of R_0, about
 2^-9 of its norm in bfloat16, is as large as the squares of small singular values: their directions of R_t turn
-negative and grow like the product of the a^2. So the iteration starts anew from X_t every few steps (`segments`).
+negative and grow like the product of the a^2. So the iteration starts anew from X_t every few steps (`segments`):
+in stages, of one step in the standard form. `squaring` has stages of another kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .minimax import Triple
-from .native_product import is_eager
+from .squaring import plus_diagonal
 from .symmetric import product, symmetric_product, transposed_product
 
-_GRAM_FROM = 256  # rows
+# From X X^T to (scalar, rest) with Q = scalar * I + rest, by which X is then multiplied.
+Stage = Callable[[Tensor], tuple[float, Tensor]]
+
+GRAM_FROM = 256  # rows
 FORMS = ("auto", "standard", "gram")
 HALF = (torch.bfloat16, torch.float16)
 
 
-def newton_schulz(x: Tensor, polynomials: Sequence[Triple], form: str = "auto", *, transposed: bool = False) -> Tensor:
-    """Apply one odd polynomial a x + b x^3 + c x^5 after the other to the singular values of `x`.
+def newton_schulz(x: Tensor, stages: Sequence[Stage], *, transposed: bool = False) -> Tensor:
+    """Apply the odd polynomials that the stages are to the singular values of `x`, one after the other.
 
     Args:
         x: shape (rows, columns) or (count, rows, columns), rows <= columns, each of Frobenius norm at most 1.
-        polynomials: one triple (a, b, c) an iteration.
-        form: `"standard"`, `"gram"`, or `"auto"`: the one with fewer multiplications.
+        stages: what X is multiplied by.
         transposed: return the transpose, stored row by row (the last product makes it so at no cost).
     """
-    if form == "auto":
-        form = cheaper_form(x.shape[-2], x.shape[-1], len(polynomials), x.dtype)
-    start = 0
-    for length in [1] * len(polynomials) if form == "standard" else segments(len(polynomials), x.dtype):
-        steps = polynomials[start : start + length]
-        scalar, rest = _polynomial_of_gram(x, steps, keep_multiple_of_identity=start == 0 or form == "standard")
-        start += length
-        if transposed and start == len(polynomials):
+    for i, stage in enumerate(stages):
+        scalar, rest = stage(symmetric_product(x, x.mT))
+        if transposed and i == len(stages) - 1:
             return transposed_product(rest, x, x, beta=scalar)
         x = product(rest, x, x, beta=scalar)
     return x
+
+
+def quintic_stages(polynomials: Sequence[Triple], form: str, dtype: torch.dtype) -> list[Stage]:
+    """Return the stages of one polynomial a x + b x^3 + c x^5 after the other, by `"standard"` or `"gram"` form."""
+    if form == "standard":
+        return [partial(_several_steps, polynomials=[p], keep_multiple_of_identity=True) for p in polynomials]
+    stages: list[Stage] = []
+    start = 0
+    for length in segments(len(polynomials), dtype):
+        steps = polynomials[start : start + length]
+        stages.append(partial(_several_steps, polynomials=steps, keep_multiple_of_identity=start == 0))
+        start += length
+    return stages
 
 
 def segments(steps: int, dtype: torch.dtype) -> list[int]:
@@ -64,29 +76,26 @@ def cheaper_form(rows: int, columns: int, steps: int, dtype: torch.dtype) -> str
 
     Below 256 rows calls cost more than multiplications, and the standard form is more accurate.
     """
-    if rows < _GRAM_FROM:
+    if rows < GRAM_FROM:
         return "standard"
     forms = ("standard", "gram")
     return min(forms, key=lambda form: multiplications(rows, columns, steps, dtype, form))
 
 
-def multiplications(rows: int, columns: int, steps: int, dtype: torch.dtype, form: str = "auto") -> float:
+def multiplications(rows: int, columns: int, steps: int, dtype: torch.dtype, form: str) -> float:
     """Return the multiply-adds of an iteration for rows <= columns, counting symmetric products as half.
 
     In units of rows^3 / 2, with a = columns / rows and r segments: standard T (3a + 1), Gram 4T - 3r + 3ra.
     """
-    if form == "auto":
-        form = cheaper_form(rows, columns, steps, dtype)
     aspect, restarts = columns / max(rows, 1), len(segments(steps, dtype))
     units = steps * (3 * aspect + 1) if form == "standard" else 4 * steps + 3 * restarts * (aspect - 1)
     return units * rows**3 / 2
 
 
-def _polynomial_of_gram(
-    x: Tensor, polynomials: Sequence[Triple], *, keep_multiple_of_identity: bool
+def _several_steps(
+    r: Tensor, polynomials: Sequence[Triple], *, keep_multiple_of_identity: bool
 ) -> tuple[float, Tensor]:
     """Return (scalar, rest) with Q = scalar * I + rest, the matrix that takes the given steps: X_t = Q X."""
-    r = symmetric_product(x, x.mT)
     y, scalar, rest = r, 0.0, None
     for i, (a, b, c) in enumerate(polynomials):
         g = symmetric_product(r, r, r, beta=b, alpha=c)  # P without a I
@@ -97,7 +106,7 @@ def _polynomial_of_gram(
         if not is_last:
             y = (symmetric_product if i == 0 else multiply)(y, g, y, beta=a)
         if rest is None:
-            scalar, rest = (a, g) if keep_multiple_of_identity else (0.0, _plus_diagonal(g, a))
+            scalar, rest = (a, g) if keep_multiple_of_identity else (0.0, plus_diagonal(g, a))
         else:
             rest = multiply(g, rest, torch.add(rest, g, alpha=scalar / a) if scalar else rest, beta=a)
             scalar *= a
@@ -105,10 +114,3 @@ def _polynomial_of_gram(
             r = symmetric_product(rest, y, y, beta=scalar)
     assert rest is not None
     return scalar, rest
-
-
-def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
-    """Return matrix + value * I, in the memory of `matrix` where that may be written to."""
-    result = matrix if is_eager(matrix) else matrix.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(value)
-    return result
