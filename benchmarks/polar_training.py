@@ -36,8 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "polar-express 6 bf16": {"polar_coefficients": "polar-express", "polar_dtype": torch.bfloat16},
     "polar-express 6 fp32": {"polar_coefficients": "polar-express", "polar_dtype": torch.float32},
     "degree 17 bf16": {"polar_coefficients": "degree-17", "polar_dtype": torch.bfloat16},
-    "you 5 bf16": {"polar_coefficients": "you", "polar_steps": 5, "polar_dtype": torch.bfloat16},
-    "jordan 5 bf16": {"polar_coefficients": "jordan", "polar_steps": 5, "polar_dtype": torch.bfloat16},
+    "you 5 bf16": {"polar_coefficients": "you", "polar_dtype": torch.bfloat16},
+    "jordan 5 bf16": {"polar_coefficients": "jordan", "polar_dtype": torch.bfloat16},
+    "sketch, rank 160": {"polar_method": "sketch", "polar_rank": 160, "polar_dtype": None},
     "sketch, rank 64": {"polar_method": "sketch", "polar_rank": 64, "polar_dtype": None},
 }
 
@@ -70,12 +71,16 @@ def main() -> None:
     curves = {(name, s): run(name, s, args.steps, args.batch_size) for s in args.seeds for name in METHODS}
     oracle = [curves["svd", s][-1][1] for s in args.seeds]
     lines = [f"{args.steps} steps, batch {args.batch_size}, seeds {args.seeds}", ""]
-    lines += ["| method | validation loss | mean difference from svd, same seed |", "|---|---|---|"]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    lines += ["| method | validation loss | difference of the means from svd |", "|---|---|---|"]
+    figure, (axes, final) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    noise = statistics.stdev(oracle) if len(oracle) > 1 else 0.0
+    final.axvspan(-noise, noise, color="0.9", label="spread of svd's seeds")
     for i, name in enumerate(METHODS):
         last = [curves[name, s][-1][1] for s in args.seeds]
         spread = statistics.stdev(last) if len(last) > 1 else 0.0
-        difference = statistics.mean(a - b for a, b in zip(last, oracle, strict=True))
+        difference = statistics.mean(last) - statistics.mean(oracle)
+        final.plot([loss - statistics.mean(oracle) for loss in last], [i] * len(last), "o", color=f"C{i}", alpha=0.5)
+        final.plot([difference], [i], "|", color=f"C{i}", markersize=16, markeredgewidth=2)
         lines.append(f"| {name} | {statistics.mean(last):.4f} ± {spread:.4f} | {difference:+.4f} |")
         points = [statistics.mean(curves[name, s][k][1] for s in args.seeds) for k in range(len(curves[name, 0]))]
         steps = [step for step, _ in curves[name, args.seeds[0]]]
@@ -83,6 +88,10 @@ def main() -> None:
     axes.set(xlabel="step", ylabel="validation loss, nats per token")
     axes.set_title(f"MARS-M by polar method: means over {len(args.seeds)} seeds")
     axes.legend(fontsize=8)
+    final.set(xlabel="last loss less the mean of svd's: each seed, and the mean", yticks=range(len(METHODS)))
+    final.set_yticklabels(METHODS)
+    final.invert_yaxis()
+    final.legend(fontsize=8, loc="lower right")
     figure.savefig(ROOT / "docs" / "figures" / "polar_training.png", dpi=130)
     text = "\n".join(lines)
     print(text)

@@ -108,7 +108,7 @@ def rows(device: str) -> dict[str, Row]:
         "torch Muon + AdamW": Row(MuonAndAdamW, slow=True),
         "mars-shampoo": Row(mars("shampoo"), slow=True),
         "mars-m": Row(mars("m"), slow=True),
-        "mars-m, 5 polar steps": Row(mars("m", polar_steps=5), slow=True),
+        "mars-m, Polar Express": Row(mars("m", polar_coefficients="polar-express"), slow=True),
         "mars-m, unclipped": Row(mars("m", clip_norm=None), slow=True),
         "mars-adamw, reference": Row(mars(foreach=False), slow=True),
         "mars-adamw, foreach": Row(mars(foreach=True), slow=True),
