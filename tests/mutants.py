@@ -565,6 +565,19 @@ MUTANTS = [
     mutant("three steps in half precision", "2 if dtype in HALF else 3", "3", (POLAR, "far_above")),
     mutant("no margin at restarts", "_RESTART_MARGIN = 1.05, 1.2", "_RESTART_MARGIN = 1.05, 1.0", (POLAR, "far_above")),
     mutant("margins ignored", "low / margin, high * margin", "low, high", (POLAR, "margins")),
+    mutant(
+        "a diagonal left out",
+        "symmetric_product(v, v, r, beta=e), f)",
+        "symmetric_product(v, v, r, beta=e), 0.0)",
+        (POLAR, "applies_its_polynomials"),
+    ),
+    mutant(
+        "polynomials without room for rounding",
+        "(14.91642134, -16.11022865, 2.662755881, 1.008761768, -2.047902869, -0.2111516051, 0.5826305979)",
+        "(15.81858491, -16.91006704, 2.715397178, 0.9090198458, -2.188411659, -0.2309137531, 0.3059977332)",
+        (POLAR, "large_direction"),
+    ),
+    mutant("degree 17 in fp32", "dtype in HALF and rows >= GRAM_FROM", "rows >= GRAM_FROM", (POLAR, "nothing_is_said")),
     mutant("Remez from above only", "high = 2 - low", "high = 1.0", (POLAR, "published")),
     mutant("entries not scaled first", "x = x / _divisor(power, x)", "x = x / 1", (POLAR, "low_precision or dtype")),
     mutant(
