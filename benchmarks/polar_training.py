@@ -91,7 +91,7 @@ def main() -> None:
     final.set(xlabel="last loss less the mean of svd's: each seed, and the mean", yticks=range(len(METHODS)))
     final.set_yticklabels(METHODS)
     final.invert_yaxis()
-    final.legend(fontsize=8, loc="lower right")
+    final.legend(fontsize=8, loc="upper right")
     figure.savefig(ROOT / "docs" / "figures" / "polar_training.png", dpi=130)
     text = "\n".join(lines)
     print(text)
