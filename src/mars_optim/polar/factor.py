@@ -101,7 +101,8 @@ def polar_factors(matrices: Sequence[Tensor], how: PolarMethod) -> list[Tensor]:
         if m.numel() == 0:
             results[i] = torch.empty_like(m, memory_format=torch.contiguous_format)
         elif m.device.type == "cpu" and rows >= _STACKED_BELOW and how.method == "newton-schulz":
-            _keep_freed_memory()
+            if is_eager():  # compiling, one would trace into it, and be warned
+                _keep_freed_memory()
             parts = [_newton_schulz(_wide(part), how, transposed=_is_tall(m)) for part in m.reshape(-1, *m.shape[-2:])]
             results[i] = parts[0].to(m.dtype) if m.ndim == 2 else torch.stack(parts).to(m.dtype).reshape(m.shape)
         else:
