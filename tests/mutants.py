@@ -528,7 +528,27 @@ MUTANTS = [
     ),
     # The native kernels: each is built anew.
     mutant("native: clip factor upside down", "call_.clip_norm / norm", "norm / call_.clip_norm", (NATIVE, "test_")),
-    mutant("native: v of c", "k.rest2 * (c * c)", "k.rest2 * c", (NATIVE, "test_")),
+    mutant("native: v of c", "+ k.rest2 * (c * c)", "+ k.rest2 * c", (NATIVE, "test_")),
+    mutant(
+        "native: nothing amended",
+        "if (clip != 1) kernels_.amend",
+        "if (false) kernels_.amend",
+        (NATIVE, "norm_is_known"),
+    ),
+    mutant("native: every gradient is usual", "kUsual = 16;", "kUsual = 1e30;", (NATIVE, "norm_is_known")),
+    mutant(
+        "native: chunks put off are forgotten",
+        "kernels_.update(call_, record, start + done, length - done, clip);",
+        "",
+        (NATIVE, "norm_is_known"),
+    ),
+    mutant("native: amended from what is gone", " && !r.next;", ";", (MEMORY, "bound_finds")),
+    mutant(
+        "native: x not amended",
+        "x[i] += adamw_step(m[i], v[i], k) - adamw_step(mi, vi, k);",
+        "",
+        (NATIVE, "norm_is_known"),
+    ),
     mutant("native: c_t kept", "if (kKeep) keep(prev, i, g[i]);", "if (kKeep) keep(prev, i, c);", (NATIVE, "test_")),
     mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "test_")),
     mutant("native: ratio ignored", "b * (ratio * g[i] -", "b * (g[i] -", (NATIVE, "test_")),

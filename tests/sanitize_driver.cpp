@@ -43,6 +43,15 @@ public:
         }
     }
 
+    // Small numbers, then an infinity: what was updated on the strength of the first has to be amended.
+    void surprise(int32_t format) const {
+        for (int64_t i = 0; i < n_; ++i) {
+            const float x = i + 1 < n_ ? 1e-4f : std::numeric_limits<float>::infinity();
+            if (format == kF32) reinterpret_cast<float*>(data())[i] = x;
+            if (format == kF64) reinterpret_cast<double*>(data())[i] = x;
+        }
+    }
+
 private:
     char* bytes_;
     int size_;
@@ -80,6 +89,9 @@ static void drive(const Call& call, int32_t isa) {
     for (int64_t n : kSizes) {
         tensors.push_back(new Tensor(call, n));
         records.push_back(tensors.back()->record(n));
+        if (n != 33000) continue;
+        records.back().next = nullptr;
+        tensors.back()->g.surprise(call.g_format);
     }
     std::vector<double> sums(3 * kNumSizes);
     if (mars_run(isa, &call, records.data(), kNumSizes, call.op == kProducts ? sums.data() : nullptr) != kOk) {

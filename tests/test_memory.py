@@ -533,11 +533,13 @@ def test_offloaded_state_takes_the_same_steps(
 
 @pytest.mark.parametrize("mars_type", ["adamw", "lion", "m"])
 @pytest.mark.parametrize(
-    "options", [{}, {"max_grad_norm": 1.0}, {"state_precision": "bf16"}, {"state_precision": "8bit"}], ids=str
+    "options",
+    [{}, {"max_grad_norm": 1.0}, {"donate_grads": False}, {"state_precision": "bf16"}, {"state_precision": "8bit"}],
+    ids=str,
 )
 def test_a_bound_finds_what_measuring_finds(mars_type: str, options: dict[str, Any]) -> None:
     """Norms of g and g' spare reading g' where they say that nothing is clipped; gradients here jump about."""
-    sizes = [0.01, 0.01, 0.012, 3.0, 2.0, 0.02, 0.02, 0.2, 0.25, 0.3, 0.02, 50.0, 0.01, 0.01]
+    sizes = [0.01, 0.01, 0.012, 3.0, 2.0, 0.02, 0.02, 0.07, 0.2, 0.25, 0.3, 0.02, 50.0, 0.01, 0.05, 0.19]
     results: list[list[nn.Parameter]] = []
     for knows_norms in (True, False):
         parameters = matrices()
@@ -551,5 +553,7 @@ def test_a_bound_finds_what_measuring_finds(mars_type: str, options: dict[str, A
             optimizer.step()
             assert len(optimizer._steps.norms) >= 2
         results.append(parameters)
+    # Tensors that were updated before a clip was known to be needed differ by roundings of the amendment.
+    amended = mars_type != "m" and not options
     for p, q in zip(*results, strict=True):
-        assert torch.equal(p, q)
+        torch.testing.assert_close(p, q, rtol=3e-7 if amended else 0, atol=1e-7 if amended else 0)

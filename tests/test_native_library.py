@@ -9,6 +9,7 @@ from array import array
 
 import numpy as np
 import pytest
+import torch
 
 from mars_optim.backends import native_library as native
 from mars_optim.backends.native_library import Flag, Format, Op, Rounding
@@ -71,6 +72,29 @@ def awkward(n: int) -> np.ndarray:
     return x
 
 
+# Gradients after a usual one, which the kernels take as a promise that they may update before the norm is known.
+SURPRISES = ["none", "longer", "far longer", "spike", "spike at the end", "spike without history", "nan"]
+
+
+def surprise(what: str, n: int, plain: Format = Format.F32) -> tuple[dict, float]:
+    """A tensor's record with the norm of its previous gradient, and the clip norm."""
+    t = operands(n, plain, seed=3)
+    t["v"].data[:] += t["m"].data ** 2  # as of one and the same history
+    g = t["g"].data
+    if what == "longer":
+        g *= 3
+    elif what == "far longer":
+        g *= 1000
+    elif what.startswith("spike"):
+        g[max(n - 5, 0) if what.endswith("end") else n // 2] = 1e6
+    elif what == "nan":
+        g[n // 3] = np.nan
+    if what == "spike without history":
+        t["m"].data[:] = t["v"].data[:] = 0
+    prev_norm = float(np.linalg.norm(t["prev"].values.astype(np.float64)))
+    return {**t, **NUMBERS, "prev_norm": prev_norm}, 2.0 * prev_norm
+
+
 # The arithmetic, in formats that do not round.
 
 
@@ -102,6 +126,53 @@ def test_steps(op, flags, clip_norm, plain, n):
                 assert (np.abs(operand.values - want[name]) > tolerance).mean() < 1e-3 if n else True
             else:
                 np.testing.assert_allclose(operand.values, want[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 1000, 70001, 300_001])
+@pytest.mark.parametrize("plain", [Format.F32, Format.F64], ids=lambda f: f.name)
+@pytest.mark.parametrize("what", SURPRISES)
+@pytest.mark.parametrize("op", [Op.ADAMW, Op.LION], ids=str)
+def test_updates_before_the_norm_is_known(op, what, plain, n):
+    t, clip_norm = surprise(what, n, plain)
+    before = {name: o.values.copy() for name, o in t.items() if isinstance(o, Operand)}
+    want = step(op, before, clip_norm=clip_norm, **NUMBERS)
+    run(op, [t], clip_norm=clip_norm, threads=2)
+    if what == "nan":
+        assert np.isnan(t["x"].values).all()
+        assert np.isnan(t["m"].values).all()
+        return
+    # A few roundings of what was added before the norm was known, not of the little that a clip leaves of it.
+    few, size = 8 * np.finfo(t["x"].data.dtype).eps, np.abs(before["g"]) + np.abs(before["prev"])
+    assert (np.abs(t["m"].values - want["m"]) <= few * (np.abs(before["m"]) + 0.1 * size)).all()
+    off = np.abs(t["x"].values - want["x"])
+    if op == Op.LION:  # a momentum near 0 may have either sign
+        assert (off > few).mean() <= 1e-3
+    else:
+        assert (np.abs(t["v"].values - want["v"]) <= few * (before["v"] + 0.01 * size**2)).all()
+        assert (off > few).mean() <= 1e-5
+        assert off.max() <= 100 * few
+
+
+def test_a_history_too_short_for_its_digits_leaves_numbers():
+    """v is far below what the update put in and took away again: no root of a negative number, no long step."""
+    t, clip_norm = surprise("spike", 70001)
+    t["m"].data[:], t["v"].data[:] = 1e-9, 1e-18
+    x = t["x"].values.copy()
+    run(Op.ADAMW, [t], clip_norm=clip_norm)
+    assert (t["v"].values >= 0).all()
+    longest = (
+        NUMBERS["step_size"] * 0.1 / (0.01**0.5 * NUMBERS["inv_sqrt_bias2"])
+    )  # m of one gradient over its root of v
+    assert np.abs(t["x"].values - NUMBERS["decay"] * x).max() <= 1.01 * longest
+
+
+def test_without_surprise_the_bits_are_those_of_a_measured_norm():
+    for op in (Op.ADAMW, Op.LION):
+        (t, clip_norm), (other, _) = (surprise("none", 150_001) for _ in range(2))
+        run(op, [t], clip_norm=clip_norm, threads=2)
+        run(op, [{**other, "prev_norm": np.inf}], clip_norm=clip_norm, threads=2)
+        for name in ("x", "m", "v"):
+            np.testing.assert_array_equal(t[name].data, other[name].data)
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -452,6 +523,11 @@ def everything(n: int, library, threads: int) -> list[np.ndarray]:
             records = [{**t, **NUMBERS} for t in ts]
             sums = run(op, records, library=library, threads=threads, flags=DRAWN, rounding=rounding, clip_norm=1.0)
             results += [o.data.copy() for t in ts for o in t.values()] + ([] if sums is None else [sums])
+    for op in (Op.ADAMW, Op.LION):
+        for what in SURPRISES:
+            t, clip_norm = surprise(what, n)
+            run(op, [t], library=library, threads=threads, clip_norm=clip_norm)
+            results += [t[name].data.copy() for name in ("x", "m", "v")]
     return results
 
 
@@ -495,6 +571,7 @@ def test_a_forked_child_has_its_own_threads():
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # torch itself would wait for threads that the child has not
             assert_equal_bits(everything(100_001, native.load(), 3), want)
         except BaseException:
             os._exit(1)

@@ -105,6 +105,10 @@ static_assert(sizeof(Product) == 120, "native_product.py mirrors it");
 struct Kernels {
     void (*measure)(const Call&, const Record&, int64_t start, int64_t count, double* sums);
     void (*update)(const Call&, const Record&, int64_t start, int64_t count, double clip);
+    // Measures g.g, and updates with clip = 1 while it is within the limit; returns how many elements it has updated.
+    int32_t (*advance)(const Call&, const Record&, int64_t start, int64_t count, double limit, double* square);
+    // After an update with clip = 1: makes it one with this clip.
+    void (*amend)(const Call&, const Record&, int64_t start, int64_t count, double clip);
 };
 
 // Null where the level was not compiled or this CPU lacks it.

@@ -18,9 +18,12 @@ constexpr int64_t kChunk = 32768;  // elements whose sums are added up by themse
 static_assert(kChunk % kQ8Block == 0, "a scale belongs to one task");
 constexpr int64_t kWindow = 1 << 17;  // elements measured before they are updated: g and g' of these stay in the cache
 constexpr int64_t kSpan = 4;  // chunks a task: memory likes long runs
+constexpr double kUsual = 16;  // times its share of ||g'||^2: a chunk's part of ||g||^2 that is nothing special
 
 // What a tensor's clip factor takes: nothing, since a bound says 1; g alone, since the bound probably will; or all of c.
-enum class Reads : uint8_t { kNothing, kGradient, kAll };
+// kOnce: g alone, and each chunk is updated right after it was measured, as if the bound would do. Where in the end it does
+// not, the chunks are amended. Chunks that promise trouble wait until the norm is known.
+enum class Reads : uint8_t { kNothing, kOnce, kGradient, kAll };
 
 struct Task {
     bool measures;
@@ -39,6 +42,7 @@ public:
         if (measures_) {
             partial_.resize(3 * size_t(first_.back()));
             clip_.resize(size_t(count), 1.0);
+            num_updated_.resize(size_t(first_.back()));
             pending_.reset(new std::atomic<int64_t>[size_t(count)]);
             reads_.resize(size_t(count), Reads::kAll);
             for (int64_t t = 0; t < count; ++t) {
@@ -64,6 +68,7 @@ private:
 
     // Windows of tensors: all are measured, then updated from the last chunk to the first, since the last is the one
     // that the cache still holds. For the same reason the last window comes first, unless it is norms that are asked for.
+    // What tensors that are updated as they are measured have left to do comes at the end.
     void order() {
         tasks_.reserve(size_t(first_.back()) * (measures_ ? 2 : 1));
         if (call_.op == kProducts) return add_tasks(true, 0, count_);
@@ -76,38 +81,59 @@ private:
             end = t;
             elements = 0;
         }
+        for (int64_t t = 0; t < count_ && measures_; ++t)
+            if (reads_[size_t(t)] == Reads::kOnce) add_chunks(false, t);
     }
 
     // Measures tensors from the first chunk to the last, updates them from the last to the first.
     void add_tasks(bool measures, int64_t begin, int64_t end) {
         const size_t size = tasks_.size();
-        for (int64_t t = begin; t < end; ++t) {
-            if (measures && reads_[size_t(t)] == Reads::kNothing) continue;
-            const int64_t chunks = chunks_of(t);
-            for (int64_t c = 0; c < chunks; c += kSpan) tasks_.push_back({measures, t, c, std::min(c + kSpan, chunks)});
-        }
+        for (int64_t t = begin; t < end; ++t)
+            if (!measures_ || reads_[size_t(t)] != (measures ? Reads::kNothing : Reads::kOnce)) add_chunks(measures, t);
         if (!measures) std::reverse(tasks_.begin() + int64_t(size), tasks_.end());
+    }
+
+    void add_chunks(bool measures, int64_t t) {
+        const int64_t chunks = chunks_of(t);
+        for (int64_t c = 0; c < chunks; c += kSpan) tasks_.push_back({measures, t, c, std::min(c + kSpan, chunks)});
     }
 
     void work() {
         for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) {
             const Task& task = tasks_[i];
-            const Record& record = records_[task.tensor];
             if (task.measures) {
                 for (int64_t c = task.begin; c < task.end; ++c) measure(task.tensor, c);
+            } else if (measures_ && reads_[size_t(task.tensor)] == Reads::kOnce) {
+                for (int64_t c = task.begin; c < task.end; ++c) settle(task.tensor, c, clip(task.tensor));
             } else {
+                const Record& record = records_[task.tensor];
                 const int64_t start = task.begin * kChunk, length = std::min(task.end * kChunk, record.n) - start;
                 kernels_.update(call_, record, start, length, clip(task.tensor));
             }
         }
     }
 
+    // Mends what `advance` did too soon, and does what it has put off.
+    void settle(int64_t t, int64_t chunk, double clip) {
+        const Record& record = records_[t];
+        const int64_t start = chunk * kChunk, length = std::min(kChunk, record.n - start), done = num_updated(t, chunk);
+        if (clip != 1) kernels_.amend(call_, record, start, done, clip);
+        kernels_.update(call_, record, start + done, length - done, clip);
+    }
+
+    int32_t& num_updated(int64_t t, int64_t chunk) { return num_updated_[size_t(first_[size_t(t)] + chunk)]; }
+
     void measure(int64_t t, int64_t chunk) {
         const Record& record = records_[t];
         const int64_t start = chunk * kChunk, length = std::min(kChunk, record.n - start);
         double* chunk_sums = &partial_[3 * size_t(first_[size_t(t)] + chunk)];
         if (reads_[size_t(t)] == Reads::kAll) kernels_.measure(call_, record, start, length, chunk_sums);
-        if (call_.op != kProducts) chunk_sums[1] = squares_of_g(record, start, length);
+        if (reads_[size_t(t)] == Reads::kOnce) {
+            const double usual = kUsual * double(length) / double(record.n) * record.prev_norm * record.prev_norm;
+            num_updated(t, chunk) = kernels_.advance(call_, record, start, length, usual, chunk_sums + 1);
+        } else if (call_.op != kProducts) {
+            chunk_sums[1] = squares_of_g(record, start, length);
+        }
         if (pending_[size_t(t)].fetch_sub(1, std::memory_order_acq_rel) == 1) conclude(t);
     }
 
@@ -130,7 +156,16 @@ private:
     Reads reads(const Record& r) const {
         if (bound(r, r.g_norm) <= call_.clip_norm) return Reads::kNothing;
         const bool is_likely = r.prev && std::isinf(r.g_norm) && bound(r, 1.25 * r.prev_norm) <= call_.clip_norm;
-        return is_likely ? Reads::kGradient : Reads::kAll;
+        if (!is_likely) return Reads::kAll;
+        return can_amend(r) ? Reads::kOnce : Reads::kGradient;
+    }
+
+    // Nothing that an update needs is lost by it: g and g' stay, and all is stored as precisely as it is computed.
+    bool can_amend(const Record& r) const {
+        const Call& c = call_;
+        const int32_t exact = c.arithmetic == kDouble ? kF64 : kF32;
+        return (c.op == kLion || (c.op == kAdamw && c.v_format == exact)) && !(c.flags & (kOneBuffer | kAmsgrad)) &&
+               c.x_format == exact && c.g_format == exact && c.prev_format == exact && c.m_format == exact && !r.next;
     }
 
     // By whichever thread measured a tensor's last chunk.
@@ -144,7 +179,7 @@ private:
         }
         if (sums_) sums_[3 * t] = total[1];
         double norm = std::sqrt(total[0]);
-        if (reads_[size_t(t)] == Reads::kGradient) {
+        if (reads_[size_t(t)] != Reads::kAll) {
             norm = bound(records_[t], std::sqrt(total[1]));
             if (!(norm <= call_.clip_norm)) norm = norm_of_c(records_[t]);  // it grew: seldom
         }
@@ -181,6 +216,7 @@ private:
     std::vector<double> partial_;  // three sums a chunk
     std::vector<double> clip_;
     std::vector<Reads> reads_;
+    std::vector<int32_t> num_updated_;  // elements of each chunk, from its start, that `advance` has updated
     std::unique_ptr<std::atomic<int64_t>[]> pending_;  // chunks of each tensor yet to be measured
     std::atomic<size_t> next_{0};
 };

@@ -9,7 +9,8 @@ namespace MARS_LEVEL {
 #include "norms.h"
 #include "steps.h"
 
-static const Kernels kKernels[kNumArithmetics] = {{measure<float>, update<float>}, {measure<double>, update<double>}};
+static const Kernels kKernels[kNumArithmetics] = {{measure<float>, update<float>, advance<float>, amend<float>},
+                                                  {measure<double>, update<double>, advance<double>, amend<double>}};
 
 }  // namespace MARS_LEVEL
 }  // namespace mars

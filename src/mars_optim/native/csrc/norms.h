@@ -61,6 +61,12 @@ static const T* padded(const T* elements, int n, T* buffer) {
     return buffer;
 }
 
+static inline double sum_of(const double* lanes) {
+    double sum = 0;
+    for (int j = 0; j < kLanes; ++j) sum += lanes[j];
+    return sum;
+}
+
 // (g.g, g.g', g'.g') for kProducts, else (c.c, 0, 0).
 template <class T>
 static void measure(const Call& call, const Record& r, int64_t start, int64_t count, double* sums) {
@@ -83,8 +89,5 @@ static void measure(const Call& call, const Record& r, int64_t start, int64_t co
         T* seen = has_prev ? view(o.prev, start + i, n, prev_buffer) : nullptr;
         add_block(products, r, g, padded<T>(seen, n, prev_buffer), lanes);
     }
-    for (int k = 0; k < 3; ++k) {
-        sums[k] = 0;
-        for (int j = 0; j < kLanes; ++j) sums[k] += lanes[k * kLanes + j];
-    }
+    for (int k = 0; k < 3; ++k) sums[k] = sum_of(lanes + k * kLanes);
 }

@@ -16,6 +16,12 @@ static inline T sign(T x) {
     return x > 0 ? T(1) : x < 0 ? T(-1) : x;  // zeros and nan are their own
 }
 
+// The part of AdamW's step that depends on the moments.
+template <class T>
+static inline T adamw_step(T m, T v, const Weights<T>& k) {
+    return k.step_size * m / (std::sqrt(v) * k.inv_sqrt_bias2 + k.eps);
+}
+
 template <class T>
 static inline void keep(T* prev, int i, T g) { prev[i] = g; }
 static inline void keep(uint16_t* prev, int i, float g) { prev[i] = round_nearest<Bf16>(g); }
@@ -40,7 +46,7 @@ static void adamw(int n, const Weights<T>& w, const T* __restrict g, P* __restri
         put(v, i, vi, random >> 16);
         if (kMax) vmax[i] = top;
         if (kKeep) keep(prev, i, g[i]);
-        x[i] = k.decay * x[i] - k.step_size * mi / (std::sqrt(top) * k.inv_sqrt_bias2 + k.eps);
+        x[i] = k.decay * x[i] - adamw_step(mi, top, k);
     }
 }
 
@@ -179,4 +185,70 @@ static void update(const Call& call, const Record& r, int64_t start, int64_t cou
         if (count - i >= kAhead + kBlock) prefetch_step(operands, start + i + kAhead);
         block(call, r, operands, weights, start + i, int(count - i < kBlock ? count - i : kBlock));
     }
+}
+
+template <class T>
+static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t count, double limit, double* square) {
+    const Operands operands(call, r);
+    const Weights<T> weights(call, r, 1.0);
+    double lanes[kLanes] = {};
+    T buffer[kBlock];
+    int64_t done = 0;
+    for (int64_t tile = 0; tile < count; tile += kAhead) {
+        const int64_t end = tile + kAhead < count ? tile + kAhead : count;
+        for (int64_t i = tile; i < end; i += kBlock) {
+            if (count - i >= kAhead + kBlock) prefetch(operands.g, start + i + kAhead);
+            const int n = int(end - i < kBlock ? end - i : kBlock);
+            const T* g = padded(at<const T>(operands.g, start + i), n, buffer);
+            add_squares<false>(g, static_cast<const T*>(nullptr), T(1), T(0), T(0), lanes);
+        }
+        if (done != tile || !(sum_of(lanes) <= limit)) continue;
+        for (int64_t i = tile; i < end; i += kBlock) {
+            if (count - i >= kAhead + kBlock) prefetch_step(operands, start + i + kAhead);
+            block(call, r, operands, weights, start + i, int(end - i < kBlock ? end - i : kBlock));
+        }
+        done = end;
+    }
+    *square = sum_of(lanes);
+    return int32_t(done);
+}
+
+// The two steps again, from what they left with clip = 1: takes c's part away and adds the clipped one. What was there
+// before c comes back to within the rounding of the sum, and exactly where it was 0.
+template <class T>
+static void amend_adamw(int n, const Weights<T>& w, const T* __restrict g, const T* __restrict prev, T* __restrict m,
+                        T* __restrict v, T* __restrict x) {
+    const Weights<T> k = w;
+    for (int i = 0; i < n; ++i) {
+        const T c = corrected<true>(g, prev, i, k.a, k.b, k.ratio), clipped = k.clip * c;
+        const T mi = (m[i] - k.rest1 * c) + k.rest1 * clipped;
+        const T vi = (v[i] - k.rest2 * (c * c)) + k.rest2 * (clipped * clipped);  // sums round to no less than a summand
+        x[i] += adamw_step(m[i], v[i], k) - adamw_step(mi, vi, k);
+        m[i] = mi;
+        v[i] = vi;
+    }
+}
+
+template <class T>
+static void amend_lion(int n, const Weights<T>& w, const T* __restrict g, const T* __restrict prev, T* __restrict m,
+                       T* __restrict x) {
+    const Weights<T> k = w;
+    for (int i = 0; i < n; ++i) {
+        const T c = corrected<true>(g, prev, i, k.a, k.b, k.ratio);
+        const T mi = (m[i] - k.rest1 * c) + k.rest1 * (k.clip * c);
+        x[i] += k.step_size * (sign(m[i]) - sign(mi));
+        m[i] = mi;
+    }
+}
+
+// Everything stored as T.
+template <class T>
+static void amend(const Call& call, const Record& r, int64_t start, int64_t count, double clip) {
+    const Weights<T> weights(call, r, clip);
+    const T* g = static_cast<const T*>(r.g) + start;
+    const T* prev = static_cast<const T*>(r.prev) + start;
+    T* m = static_cast<T*>(r.m) + start;
+    T* x = static_cast<T*>(r.x) + start;
+    if (call.op == kAdamw) amend_adamw(int(count), weights, g, prev, m, static_cast<T*>(r.v) + start, x);
+    else amend_lion(int(count), weights, g, prev, m, x);
 }
