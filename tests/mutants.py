@@ -529,6 +529,7 @@ MUTANTS = [
     # The native kernels: each is built anew.
     mutant("native: clip factor upside down", "call_.clip_norm / norm", "norm / call_.clip_norm", (NATIVE, "test_")),
     mutant("native: v of c", "+ k.rest2 * (c * c)", "+ k.rest2 * c", (NATIVE, "test_")),
+    mutant("native: nan that rounds to zero", "sizeof(S) == 2 ? quiet(g[i]) : g[i]", "g[i]", (NATIVE, "every_nan")),
     mutant(
         "native: nothing amended",
         "if (clip != 1) kernels_.amend",
@@ -549,9 +550,9 @@ MUTANTS = [
         "",
         (NATIVE, "norm_is_known"),
     ),
-    mutant("native: c_t kept", "if (kKeep) keep(prev, i, g[i]);", "if (kKeep) keep(prev, i, c);", (NATIVE, "test_")),
+    mutant("native: c_t kept", "if (kKeep) keep(prev, i, gi);", "if (kKeep) keep(prev, i, c);", (NATIVE, "test_")),
     mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "test_")),
-    mutant("native: ratio ignored", "b * (ratio * g[i] -", "b * (g[i] -", (NATIVE, "test_")),
+    mutant("native: ratio ignored", "b * (ratio * g -", "b * (g -", (NATIVE, "test_")),
     mutant(
         "native: products of the difference",
         "go = add_product(gi, other, go, T())",

@@ -593,6 +593,16 @@ def test_many_small_tensors():
         np.testing.assert_allclose(t["x"].values, w["x"], rtol=3e-6, atol=3e-6)
 
 
+@each_library
+def test_every_nan_stays_one_in_bf16_state(library):
+    for payload in (0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF):
+        t = operands(300, m=Format.BF16, v=Format.BF16, prev=Format.BF16)
+        t["g"].data[:] = from_bits(np.full(300, payload))
+        run(Op.ADAMW, [{**t, **NUMBERS, "next": t["prev"]}], flags=DRAWN, library=library)
+        for name in ("x", "m", "v", "prev"):
+            assert np.isnan(t[name].values).all()
+
+
 def test_infinite_and_nan_gradients_follow_ieee():
     t = operands(1000)
     t["g"].data[3] = np.nan

@@ -210,12 +210,12 @@ static inline T get(const uint16_t* p, int i) { return T(Bf16::widen(p[i])); }
 template <class T>
 static inline void put(T* p, int i, T x, uint32_t) { p[i] = x; }
 
-static inline void put(uint16_t* p, int i, float x, uint32_t random) { p[i] = Bf16::round(x, random & 0xffff); }
+static inline void put(uint16_t* p, int i, float x, uint32_t random) { p[i] = Bf16::round_quiet(x, random & 0xffff); }
 
 // c = a g + b (ratio g - g')
 template <bool kPrev, class T, class P>
-static inline T corrected(const T* __restrict g, const P* __restrict prev, int i, T a, T b, T ratio) {
-    return kPrev ? a * g[i] + b * (ratio * g[i] - get<T>(prev, i)) : a * g[i];
+static inline T corrected(T g, const P* __restrict prev, int i, T a, T b, T ratio) {
+    return kPrev ? a * g + b * (ratio * g - get<T>(prev, i)) : a * g;
 }
 
 // The operands of one tensor as they are stored.

@@ -20,7 +20,7 @@ static void add_squares(const T* __restrict g, const P* __restrict prev, T a, T 
     for (int j = 0; j < kLanes; ++j) {
         double sum = 0;
         for (int k = 0; k < kRun; ++k) {
-            const double c = double(corrected<kPrev>(g, prev, j + k * kLanes, a, b, ratio));
+            const double c = double(corrected<kPrev>(g[j + k * kLanes], prev, j + k * kLanes, a, b, ratio));
             sum = add_product(c, c, sum, T());
         }
         cc[j] += sum;

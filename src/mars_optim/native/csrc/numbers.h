@@ -33,6 +33,9 @@ struct Bf16 {
         const bool is_nan = x != x;
         return uint16_t((is_nan ? (bits | 0x400000u) : bits + addend) >> 16);
     }
+
+    // For x whose nan, if it is one, comes from `quiet` or was bf16: its low bits leave room for the addend.
+    static inline uint16_t round_quiet(float x, uint32_t addend) { return uint16_t((bits_of(x) + addend) >> 16); }
 };
 
 struct Half {
@@ -61,6 +64,8 @@ struct Half {
         return uint16_t(half | ((bits >> 16) & 0x8000u));
     }
 };
+
+static inline float quiet(float x) { return x == x ? x : bit_cast<float>(0x7fc00000u); }
 
 template <class F>
 static inline uint16_t round_nearest(float x) {

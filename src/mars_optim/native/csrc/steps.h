@@ -24,7 +24,9 @@ static inline T adamw_step(T m, T v, const Weights<T>& k) {
 
 template <class T>
 static inline void keep(T* prev, int i, T g) { prev[i] = g; }
-static inline void keep(uint16_t* prev, int i, float g) { prev[i] = round_nearest<Bf16>(g); }
+static inline void keep(uint16_t* prev, int i, float g) {
+    prev[i] = Bf16::round_quiet(g, 0x7fff + ((bits_of(g) >> 16) & 1));
+}
 
 template <class T>
 static inline T larger(T x, T y) {
@@ -37,7 +39,8 @@ static void adamw(int n, const Weights<T>& w, const T* __restrict g, P* __restri
                   S* __restrict v, T* __restrict vmax, T* __restrict x, uint32_t start = 0, uint32_t key = 0) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b, k.ratio);
+        const T gi = sizeof(S) == 2 ? quiet(g[i]) : g[i];
+        const T c = k.clip * corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio);
         const T mi = k.beta1 * get<T>(m, i) + k.rest1 * c;
         const T vi = k.beta2 * get<T>(v, i) + k.rest2 * (c * c);
         const T top = kMax ? larger(vmax[i], vi) : vi;
@@ -45,7 +48,7 @@ static void adamw(int n, const Weights<T>& w, const T* __restrict g, P* __restri
         put(m, i, mi, random);
         put(v, i, vi, random >> 16);
         if (kMax) vmax[i] = top;
-        if (kKeep) keep(prev, i, g[i]);
+        if (kKeep) keep(prev, i, gi);
         x[i] = k.decay * x[i] - adamw_step(mi, top, k);
     }
 }
@@ -55,7 +58,7 @@ static void lion(int n, const Weights<T>& w, const T* __restrict g, const T* __r
                  T* __restrict x) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b, k.ratio);
+        const T c = k.clip * corrected<kPrev>(g[i], prev, i, k.a, k.b, k.ratio);
         const T mi = k.beta1 * m[i] + k.rest1 * c;
         m[i] = mi;
         x[i] = k.decay * x[i] - k.step_size * sign(kOne ? k.we * mi + k.wg * g[i] : mi);
@@ -67,7 +70,7 @@ static void momentum(int n, const Weights<T>& w, const T* __restrict g, const T*
                      T* __restrict out) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = k.clip * corrected<kPrev>(g, prev, i, k.a, k.b, k.ratio);
+        const T c = k.clip * corrected<kPrev>(g[i], prev, i, k.a, k.b, k.ratio);
         const T mi = k.beta1 * m[i] + k.rest1 * c;
         m[i] = mi;
         out[i] = kOne ? k.we * mi + k.wg * g[i] : mi;
@@ -220,7 +223,7 @@ static void amend_adamw(int n, const Weights<T>& w, const T* __restrict g, const
                         T* __restrict v, T* __restrict x) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = corrected<true>(g, prev, i, k.a, k.b, k.ratio), clipped = k.clip * c;
+        const T c = corrected<true>(g[i], prev, i, k.a, k.b, k.ratio), clipped = k.clip * c;
         const T mi = (m[i] - k.rest1 * c) + k.rest1 * clipped;
         const T vi = (v[i] - k.rest2 * (c * c)) + k.rest2 * (clipped * clipped);  // sums round to no less than a summand
         x[i] += adamw_step(m[i], v[i], k) - adamw_step(mi, vi, k);
@@ -234,7 +237,7 @@ static void amend_lion(int n, const Weights<T>& w, const T* __restrict g, const 
                        T* __restrict x) {
     const Weights<T> k = w;
     for (int i = 0; i < n; ++i) {
-        const T c = corrected<true>(g, prev, i, k.a, k.b, k.ratio);
+        const T c = corrected<true>(g[i], prev, i, k.a, k.b, k.ratio);
         const T mi = (m[i] - k.rest1 * c) + k.rest1 * (k.clip * c);
         x[i] += k.step_size * (sign(m[i]) - sign(mi));
         m[i] = mi;
