@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,24 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds over the repetitions of one thing."""
+    """Milliseconds over the repetitions of one thing, or what they are in proportion to another's."""
 
     median: float
     low: float  # first quartile
     high: float  # third quartile
-    repeats: int
+    each: tuple[float, ...]
 
     def __str__(self) -> str:
         return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
 
+    def __truediv__(self, other: Timing) -> Timing:
+        """Return the quotients round by round: a memory that is slow for a while is so for both."""
+        return timing([mine / its for mine, its in zip(self.each, other.each, strict=True)])
+
 
 def timing(times: Sequence[float]) -> Timing:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
-    return Timing(median, low, high, len(times))
+    return Timing(median, low, high, tuple(times))
 
 
 def interleaved(
@@ -125,7 +129,11 @@ def write(
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: asdict(value) if isinstance(value, Timing) else value for key, value in row.items()}
+    return {key: _summary(value) if isinstance(value, Timing) else value for key, value in row.items()}
+
+
+def _summary(timing: Timing) -> dict[str, float]:
+    return {"median": timing.median, "low": timing.low, "high": timing.high, "repeats": len(timing.each)}
 
 
 def cell(value: Any) -> str:

@@ -1,13 +1,15 @@
 """What a step costs: every type, backend and precision against torch's optimizers on GPT-2's tensors.
 
     python benchmarks/step.py                           # GPT-2 small on the CPU
+    python benchmarks/step.py --allocator default --rows "adamw|lion"
     python benchmarks/step.py --model gpt2-medium --rows "adamw|lion" --repeats 9
     python benchmarks/step.py --scaling                 # cost against model size and against number of tensors
     python benchmarks/step.py --device cuda --model gpt2-xl
 
 Each row is timed interleaved with two baselines, fused AdamW and `clip_grad_norm_` + fused AdamW, on the same
 parameters. A step is `step()` and `zero_grad()`: both must be rid of one gradient buffer. Gradients are new tensors
-each time, as autograd makes them. The C library's allocator is set as `mars train` sets it.
+each time, as autograd makes them. With `--allocator kept` the C library keeps freed memory, as `mars train` sets it;
+else, as in most programs, it goes back to the system, and steps that make large temporary tensors pay for each page.
 """
 
 from __future__ import annotations
@@ -96,6 +98,7 @@ def rows(device: str) -> dict[str, Row]:
         "mars-adamw, max_grad_norm": Row(mars(max_grad_norm=1.0), bytes_moved=40),
         "mars-adamw, unclipped": Row(mars(clip_norm=None), bytes_moved=32),
         "mars-adamw, bf16 state": Row(mars(state_precision=low), bytes_moved=24),
+        "mars-adamw, bf16 state, unclipped": Row(mars(state_precision=low, clip_norm=None), bytes_moved=24),
         "mars-adamw, 8-bit state": Row(mars(state_precision="8bit"), bytes_moved=18.2),
         "mars-adamw, bf16 parameters": Row(mars(), bytes_moved=24, **half),
         "mars-adamw, bf16 parameters + 8-bit remainder, 8-bit state": Row(
@@ -139,8 +142,8 @@ def _peers(device: str) -> dict[str, Row]:
 class Bench:
     """The fp32 parameters of one model, and the two baselines on them."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], device: str, bandwidth: float) -> None:
-        self.device, self.bandwidth = device, bandwidth
+    def __init__(self, shapes: list[tuple[int, ...]], device: str) -> None:
+        self.device, self.block = device, torch.ones(1 << 27, device=device)
         generator = torch.Generator(device).manual_seed(0)
         values = [torch.empty(shape, device=device).normal_(0, 0.02, generator=generator) for shape in shapes]
         self.parameters = [nn.Parameter(value) for value in values]
@@ -164,6 +167,7 @@ class Bench:
         runs: dict[str, Callable[[], None]] = {
             "AdamW fused": lambda: take_step(self.adamw, self.parameters),
             "clip + AdamW fused": lambda: take_step(self.adamw, self.parameters, clip=True),
+            "copy": lambda: self.block.mul_(1.0),
             "it": lambda: take_step(optimizer, own),
         }
         interleaved({"it": runs["it"]}, 1, prepare=prepare, device=self.device, warm_up=0)  # creates the state
@@ -174,12 +178,12 @@ class Bench:
         num_rounds = max(3, repeats // 4) if row.slow else repeats
         times = interleaved(runs, num_rounds, prepare=prepare, device=self.device)
         tensors = [t for state in _states(optimizer) for t in state.values() if isinstance(t, Tensor) and t.ndim > 0]
-        it, adamw, clipped = (times[key].median for key in ("it", "AdamW fused", "clip + AdamW fused"))
+        it, adamw, clipped = (times[key] for key in ("it", "AdamW fused", "clip + AdamW fused"))
         result: dict[str, Any] = {
             "step": name,
-            "ms": times["it"],
-            "AdamW fused ms": times["AdamW fused"],
-            "clip + AdamW fused ms": times["clip + AdamW fused"],
+            "ms": it,
+            "AdamW fused ms": adamw,
+            "clip + AdamW fused ms": clipped,
             "/ AdamW": it / adamw,
             "/ (clip + AdamW)": it / clipped,
             "bytes moved": "" if row.bytes_moved is None else row.bytes_moved,
@@ -188,7 +192,8 @@ class Bench:
             "peak MB": round(peak / 1e6),
         }
         if row.bytes_moved is not None:
-            result["of copy rate"] = row.bytes_moved * self.num_parameters / (it / 1e3) / self.bandwidth
+            moved = row.bytes_moved * self.num_parameters / (2 * self.block.nbytes)
+            result["of copy rate"] = moved * (times["copy"] / it).median
         print("  ".join(f"{key}: {cell(value)}" for key, value in result.items()), flush=True)
         return result
 
@@ -231,7 +236,7 @@ def _states(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
         yield from part.state.values()
 
 
-def by_size(device: str, bandwidth: float, repeats: int, largest: int) -> list[dict[str, Any]]:
+def by_size(device: str, repeats: int, largest: int) -> list[dict[str, Any]]:
     """GPT-2's proportions from one million parameters up."""
     sizes = {1: (2, 64, 8192), 10: (4, 256, 16384), 50: (8, 512, 32768), 124: (12, 768, 50257)}
     sizes |= {355: (24, 1024, 50257), 774: (36, 1280, 50257), 1000: (42, 1360, 50257)}
@@ -240,7 +245,7 @@ def by_size(device: str, bandwidth: float, repeats: int, largest: int) -> list[d
         if millions > largest:
             print(f"{millions}M parameters: left out, more than --largest {largest}")
             continue
-        bench = Bench(gpt2_shapes(*model), device, bandwidth)
+        bench = Bench(gpt2_shapes(*model), device)
         for name in ("mars-adamw", "mars-adamw, 8-bit state"):
             # Fused AdamW and fp32 state together take 32 bytes a parameter; above 355M only the small state fits.
             if device == "cuda" or millions <= 355 or "8-bit" in name:
@@ -249,11 +254,11 @@ def by_size(device: str, bandwidth: float, repeats: int, largest: int) -> list[d
     return result
 
 
-def by_count(device: str, bandwidth: float, repeats: int) -> list[dict[str, Any]]:
+def by_count(device: str, repeats: int) -> list[dict[str, Any]]:
     """Sixteen million parameters in more and more tensors."""
     result: list[dict[str, Any]] = []
     for count in (16, 160, 1600, 16000):
-        bench = Bench([(16, 1_000_000 // count)] * count, device, bandwidth)
+        bench = Bench([(16, 1_000_000 // count)] * count, device)
         made = bench.measure("mars-adamw", rows(device)["mars-adamw"], repeats)
         result.append({"tensors": count, **made})
     return result
@@ -263,7 +268,7 @@ def plot(table: list[dict[str, Any]], path: Path, title: str) -> None:
     """Bars of time relative to fused AdamW, logarithmic."""
     import matplotlib.pyplot as plt
 
-    names, ratios = [row["step"] for row in table][::-1], [row["/ AdamW"] for row in table][::-1]
+    names, ratios = [row["step"] for row in table][::-1], [row["/ AdamW"].median for row in table][::-1]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(names) + 1), layout="constrained")
     axes.barh(names, ratios, color=["#0072B2" if name.startswith("mars") else "#999999" for name in names])
     for i, ratio in enumerate(ratios):
@@ -279,36 +284,39 @@ def main() -> None:
     parser.add_argument("--model", choices=GPT2, default="gpt2-small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", default="", help="a regular expression: only rows whose name it finds")
+    parser.add_argument("--allocator", choices=("kept", "default"), default="kept", help="what becomes of freed memory")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--scaling", action="store_true", help="cost against model size and number of tensors instead")
     parser.add_argument("--largest", type=int, default=355, help="with --scaling: millions of parameters at most")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    if arguments.allocator == "kept":
+        keep_freed_memory()
     device, repeats = arguments.device, arguments.repeats
     bandwidth = copy_bandwidth(device)
-    where = surroundings(device) | {"copy GB/s": round(bandwidth / 1e9, 1)}
+    where = surroundings(device) | {"copy GB/s": round(bandwidth / 1e9, 1), "allocator": arguments.allocator}
+    suffix = "" if arguments.allocator == "kept" else "-default-allocator"
     if arguments.scaling:
         sections = {
-            "Model size": by_size(device, bandwidth, repeats, arguments.largest),
-            "Number of tensors (16M parameters)": by_count(device, bandwidth, repeats),
+            "Model size": by_size(device, repeats, arguments.largest),
+            "Number of tensors (16M parameters)": by_count(device, repeats),
         }
-        print(write("step-scaling", where, sections, NOTES))
+        print(write(f"step-scaling{suffix}", where, sections, NOTES))
         return
-    bench = Bench(gpt2_shapes(*GPT2[arguments.model]), device, bandwidth)
+    bench = Bench(gpt2_shapes(*GPT2[arguments.model]), device)
     chosen = {name: row for name, row in rows(device).items() if re.search(arguments.rows, name)}
     if not chosen:
         parser.error(f"--rows {arguments.rows!r} finds none of: {', '.join(rows(device))}")
     table = [bench.measure(name, row, repeats) for name, row in chosen.items()]
-    path = write(f"step-{arguments.model}", where, {arguments.model: table}, NOTES)
+    path = write(f"step-{arguments.model}{suffix}", where, {arguments.model: table}, NOTES)
     plot(table, path.with_suffix(".svg"), f"{arguments.model}, {where['device']}")
     print(path)
 
 
 NOTES = (
     "Median (quartiles) in milliseconds of `step()` and freeing the gradients, each row interleaved with both "
-    "baselines on the same parameters. `bytes moved`: each operand of a parameter read and written once; `of copy "
-    "rate`: those bytes a second over what a pass in place over 512 MB moves. `state bytes`: optimizer state a "
-    "parameter. `peak MB`: memory above what is in use before the step. "
+    "baselines on the same parameters; quotients are taken round by round. `bytes moved`: each operand of a parameter "
+    "read and written once; `of copy rate`: those bytes a second over what a pass in place over 512 MB moves in the "
+    "same round. `state bytes`: optimizer state a parameter. `peak MB`: memory above what is in use before the step. "
     "Gradients are 0.002 times the weights, on GPT-2 small of global norm 0.45, as late in training: then norms tell "
     "that nothing is clipped. Where they are longer, norms take g and g' from memory once more. Made by "
     "`benchmarks/step.py`."
