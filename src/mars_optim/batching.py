@@ -87,7 +87,7 @@ def _batch(
         treatment=treatment,
         params=[view(member.param) for member in members],
         grads=[view(member.grad) for member in members],
-        prev_grads=None if prev_grads[0] is None else prev_grads,
+        prev_grads=None if prev_grads[0] is None else [view(prev) for prev in prev_grads],
         next_grads=None,
         steps=steps,
         state={name: [view(s[name]) for s in states] for name in _updated_names(states[0], treatment)},
@@ -144,7 +144,7 @@ def _previous_gradient(
     if member.treatment.one_buffer:
         return None, None
     if group["is_approx"]:
-        return real(state["prev_grad"]), state.get("prev_coefficient")
+        return state["prev_grad"], state.get("prev_coefficient")
     if member.prev_grad is None:
         # No gradient reached the tensor at x_{t-1} (an expert nobody asked): there it is truly zero.
         return torch.zeros_like(real(member.grad)), None

@@ -24,7 +24,7 @@ def keep(grad: Tensor) -> Tensor | None:
     other processes share, has more than one owner. Accelerator memory may belong to a CUDA graph, which leaves no
     trace on the tensor, so it is never kept.
     """
-    if type(grad) is not Tensor or grad.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(grad) is not Tensor or not grad.is_cpu or torch.compiler.is_compiling():
         return None
     storage = grad.untyped_storage()
     is_sole_owner = torch._C._storage_Use_Count(storage._cdata) == _SOLE and grad._use_count() == _SOLE
