@@ -536,6 +536,7 @@ MUTANTS = [
         "if (false) kernels_.amend",
         (NATIVE, "norm_is_known"),
     ),
+    mutant("native: nothing updated early", "return can_amend(r) ?", "return false ?", (NATIVE, "was_amended")),
     mutant("native: every gradient is usual", "kUsual = 16;", "kUsual = 1e30;", (NATIVE, "norm_is_known")),
     mutant(
         "native: chunks put off are forgotten",

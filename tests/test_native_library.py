@@ -175,6 +175,15 @@ def test_without_surprise_the_bits_are_those_of_a_measured_norm():
             np.testing.assert_array_equal(t[name].data, other[name].data)
 
 
+def test_a_longer_gradient_was_amended():
+    """Its roundings show it; without them nothing would tell whether tensors are read once."""
+    for op in (Op.ADAMW, Op.LION):
+        (t, clip_norm), (other, _) = (surprise("longer", 150_001) for _ in range(2))
+        run(op, [t], clip_norm=clip_norm)
+        run(op, [{**other, "prev_norm": np.inf}], clip_norm=clip_norm)
+        assert (t["m"].data != other["m"].data).any()
+
+
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("fmt", [Format.F32, Format.F64, Format.BF16], ids=lambda f: f.name)
 def test_products(fmt, n):

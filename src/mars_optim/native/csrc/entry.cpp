@@ -37,14 +37,13 @@ public:
     Plan(const Call& call, const Record* records, int64_t count, const Kernels& kernels, double* sums)
         : call_(call), records_(records), count_(count), kernels_(kernels), sums_(sums),
           measures_(call.op == kProducts || (call.op != kDescend && call.clip_norm > 0)),
-          first_(size_t(count) + 1) {
+          first_(size_t(count) + 1), reads_(size_t(count), measures_ ? Reads::kAll : Reads::kNothing) {
         for (int64_t t = 0; t < count; ++t) first_[size_t(t) + 1] = first_[size_t(t)] + chunks_of(t);
         if (measures_) {
             partial_.resize(3 * size_t(first_.back()));
             clip_.resize(size_t(count), 1.0);
             num_updated_.resize(size_t(first_.back()));
             pending_.reset(new std::atomic<int64_t>[size_t(count)]);
-            reads_.resize(size_t(count), Reads::kAll);
             for (int64_t t = 0; t < count; ++t) {
                 if (call.op != kProducts) reads_[size_t(t)] = reads(records[t]);
                 const bool knows = reads_[size_t(t)] == Reads::kNothing;
@@ -76,20 +75,21 @@ private:
         for (int64_t t = count_; t-- > 0;) {
             elements += records_[t].n;
             if (elements < kWindow && t > 0) continue;
-            if (measures_) add_tasks(true, t, end);
+            add_tasks(true, t, end);
             add_tasks(false, t, end);
             end = t;
             elements = 0;
         }
-        for (int64_t t = 0; t < count_ && measures_; ++t)
+        for (int64_t t = 0; t < count_; ++t)
             if (reads_[size_t(t)] == Reads::kOnce) add_chunks(false, t);
     }
 
     // Measures tensors from the first chunk to the last, updates them from the last to the first.
     void add_tasks(bool measures, int64_t begin, int64_t end) {
         const size_t size = tasks_.size();
+        const Reads without = measures ? Reads::kNothing : Reads::kOnce;
         for (int64_t t = begin; t < end; ++t)
-            if (!measures_ || reads_[size_t(t)] != (measures ? Reads::kNothing : Reads::kOnce)) add_chunks(measures, t);
+            if (reads_[size_t(t)] != without) add_chunks(measures, t);
         if (!measures) std::reverse(tasks_.begin() + int64_t(size), tasks_.end());
     }
 
@@ -103,7 +103,7 @@ private:
             const Task& task = tasks_[i];
             if (task.measures) {
                 for (int64_t c = task.begin; c < task.end; ++c) measure(task.tensor, c);
-            } else if (measures_ && reads_[size_t(task.tensor)] == Reads::kOnce) {
+            } else if (reads_[size_t(task.tensor)] == Reads::kOnce) {
                 for (int64_t c = task.begin; c < task.end; ++c) settle(task.tensor, c, clip(task.tensor));
             } else {
                 const Record& record = records_[task.tensor];
@@ -212,10 +212,10 @@ private:
     double* sums_;
     const bool measures_;
     std::vector<int64_t> first_;  // each tensor's first chunk, counted over all tensors
+    std::vector<Reads> reads_;
     std::vector<Task> tasks_;
     std::vector<double> partial_;  // three sums a chunk
     std::vector<double> clip_;
-    std::vector<Reads> reads_;
     std::vector<int32_t> num_updated_;  // elements of each chunk, from its start, that `advance` has updated
     std::unique_ptr<std::atomic<int64_t>[]> pending_;  // chunks of each tensor yet to be measured
     std::atomic<size_t> next_{0};

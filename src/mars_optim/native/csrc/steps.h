@@ -205,7 +205,7 @@ static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t
             const T* g = padded(at<const T>(operands.g, start + i), n, buffer);
             add_squares<false>(g, static_cast<const T*>(nullptr), T(1), T(0), T(0), lanes);
         }
-        if (done != tile || !(sum_of(lanes) <= limit)) continue;
+        if (!(sum_of(lanes) <= limit)) continue;  // nor will it be further on
         for (int64_t i = tile; i < end; i += kBlock) {
             if (count - i >= kAhead + kBlock) prefetch_step(operands, start + i + kAhead);
             block(call, r, operands, weights, start + i, int(end - i < kBlock ? end - i : kBlock));
