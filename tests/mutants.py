@@ -528,37 +528,74 @@ MUTANTS = [
     ),
     # The native kernels: each is built anew.
     mutant("native: clip factor upside down", "call_.clip_norm / norm", "norm / call_.clip_norm", (NATIVE, "test_")),
-    mutant("native: v of c", "+ k.rest2 * (c * c)", "+ k.rest2 * c", (NATIVE, "test_")),
-    mutant("native: nan that rounds to zero", "sizeof(S) == 2 ? quiet(g[i]) : g[i]", "g[i]", (NATIVE, "every_nan")),
+    mutant(
+        "native: v of c", "fused(k.beta2, v, k.rest2 * (c * c))", "fused(k.beta2, v, k.rest2 * c)", (NATIVE, "test_")
+    ),
+    mutant("native: nan that rounds to zero", "!kIsRounded || x == x", "true", (NATIVE, "every_nan")),
     mutant(
         "native: nothing amended",
         "if (clip != 1) kernels_.amend",
         "if (false) kernels_.amend",
         (NATIVE, "norm_is_known"),
     ),
-    mutant("native: nothing updated early", "return can_amend(r) ?", "return false ?", (NATIVE, "was_amended")),
+    mutant(
+        "native: nothing updated early",
+        "return kernels_.can_advance(call_, r) ?",
+        "return false ?",
+        (NATIVE, "was_amended"),
+    ),
     mutant("native: every gradient is usual", "kUsual = 16;", "kUsual = 1e30;", (NATIVE, "norm_is_known")),
+    mutant(
+        "native: squares of this tile",
+        "g[i + ahead + j], g[i + ahead + j]",
+        "g[i + j], g[i + j]",
+        (NATIVE, "norm_is_known"),
+    ),
     mutant(
         "native: chunks put off are forgotten",
         "kernels_.update(call_, record, start + done, length - done, clip);",
         "",
         (NATIVE, "norm_is_known"),
     ),
-    mutant("native: amended from what is gone", " && !r.next;", ";", (MEMORY, "bound_finds")),
+    mutant(
+        "native: amended from what is gone", " && (!r.next || overwrites_prev(c, r));", ";", (MEMORY, "bound_finds")
+    ),
+    mutant("native: the journal is not read", "record.prev = journal", "(void)journal", (NATIVE, "narrow_state")),
+    mutant("native: one half of the journal", "(w % 2) * size_t(halves[0])", "0", (NATIVE, "journals_of_many")),
     mutant(
         "native: x not amended",
-        "x[i] += adamw_step(m[i], v[i], k) - adamw_step(mi, vi, k);",
+        "x[i] += adamw_step(was_0 ? of_m : m[i], was_0 ? of_v : v[i], k) - adamw_step(mi, vi, k);",
         "",
         (NATIVE, "norm_is_known"),
     ),
-    mutant("native: c_t kept", "if (kKeep) keep(prev, i, gi);", "if (kKeep) keep(prev, i, c);", (NATIVE, "test_")),
-    mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "test_")),
-    mutant("native: ratio ignored", "b * (ratio * g -", "b * (g -", (NATIVE, "test_")),
     mutant(
-        "native: products of the difference",
-        "go = add_product(gi, other, go, T())",
-        "go = add_product(gi, gi - other, go, T())",
+        "native: v lost in its rounding",
+        "larger(v[i] - of_v, spacing)",
+        "larger(v[i] - of_v, T(0))",
+        (NATIVE, "narrow_state"),
+    ),
+    mutant(
+        "native: no history is some history",
+        "was_0 = m[i] == once_stored<kNarrow>(of_m, random[i]) && v[i]",
+        "was_0 = !kNarrow && v[i]",
+        (NATIVE, "narrow_state and without"),
+    ),
+    mutant(
+        "native: amended as it was drawn",
+        "uint32_t(r.key) ^ kAmendment",
+        "uint32_t(r.key)",
+        (NATIVE, "right_on_average"),
+    ),
+    mutant(
+        "native: c_t kept",
+        "vmax[i] = top;\n        if (kKeep) keep(prev, i, gi);",
+        "vmax[i] = top;\n        if (kKeep) keep(prev, i, c);",
         (NATIVE, "test_"),
+    ),
+    mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "test_")),
+    mutant("native: ratio ignored", "fused(ratio, g, -get<T>(prev, i))", "(g - get<T>(prev, i))", (NATIVE, "test_")),
+    mutant(
+        "native: products of the difference", "fused(gi, other, go)", "fused(gi, gi - other, go)", (NATIVE, "test_")
     ),
     mutant(
         "native: amsgrad loses nan", "return x >= y || x != x ? x : y;", "return x >= y ? x : y;", (NATIVE, "test_")

@@ -31,14 +31,11 @@ def from_bits(b) -> np.ndarray:
 
 def random_bits(n: int, key: int) -> np.ndarray:
     mask = 0xFFFFFFFF
-    h = [(i * 0x9E3779B1 + key) & mask for i in range(n)]
-    for j, x in enumerate(h):
-        x ^= x >> 16
-        x = x * 0x85EBCA6B & mask
-        x ^= x >> 13
-        x = x * 0xC2B2AE35 & mask
-        h[j] = x ^ x >> 16
-    return np.array(h, dtype=np.int64)
+    x = key ^ key >> 16
+    x = x * 0x85EBCA6B & mask
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 & mask
+    return np.array([((x ^ x >> 16) + i * 0x9E3779B1) & mask for i in range(n)], dtype=np.int64)
 
 
 def bf16_nearest(x) -> np.ndarray:

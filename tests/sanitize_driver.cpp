@@ -90,7 +90,7 @@ static void drive(const Call& call, int32_t isa) {
         tensors.push_back(new Tensor(call, n));
         records.push_back(tensors.back()->record(n));
         if (n != 33000) continue;
-        records.back().next = nullptr;
+        if (call.prev_format != kBF16) records.back().next = nullptr;
         tensors.back()->g.surprise(call.g_format);
     }
     std::vector<double> sums(3 * kNumSizes);
@@ -112,6 +112,23 @@ static void drive_operation(int32_t isa, int32_t op, int num_threads) {
                     const int32_t out = state == kQ8 ? kBF16 : state;
                     drive({op, x == kF64, x, x, state, state, state, out, rounding, flags, num_threads, 0, .9, .99, 1e-8, 1.0}, isa);
                 }
+}
+
+// Tensors large enough to take turns at the journal, all of them amended.
+static void drive_journals(int32_t isa, int num_threads) {
+    const Call call{kAdamw, 0, kF32, kF32, kBF16, kBF16, kBF16, kF32, kNearest, kStochasticM | kStochasticV, num_threads, 0, .9, .99, 1e-8, 0.1};
+    std::vector<Tensor*> tensors;
+    std::vector<Record> records;
+    for (int64_t n : {140000, 131072, 1000, 150002, 140000}) {
+        tensors.push_back(new Tensor(call, n));
+        float* g = reinterpret_cast<float*>(tensors.back()->g.data());
+        for (int64_t i = 0; i < n; ++i) g[i] = 2.5e-4f;
+        records.push_back(tensors.back()->record(n));
+        records.back().prev_norm = 0.05;
+    }
+    if (mars_run(isa, &call, records.data(), int64_t(records.size()), nullptr) != kOk) std::exit(1);
+    for (Tensor* tensor : tensors) delete tensor;
+    ++calls;
 }
 
 // Numbers that end where a page ends that nobody may touch: the sanitizers do not see what masked vectors read and write.
@@ -162,7 +179,10 @@ static void drive_products(int32_t num_threads) {
 // Two callers at once, more threads than cores.
 static void drive_races(int32_t op) {
     const Call call{op, 0, kBF16, kBF16, kQ8, kQ8, kQ8, kBF16, kRemainder8, kStochasticM | kStochasticV, 4, 0, .9, .99, 1e-8, 1.0};
-    auto work = [&call] { for (int i = 0; i < 20; ++i) drive(call, kBaseline); };
+    auto work = [&call] {
+        for (int i = 0; i < 20; ++i) drive(call, kBaseline);
+        drive_journals(kBaseline, 4);
+    };
     std::thread other(work);
     work();
     other.join();
@@ -173,7 +193,7 @@ int main(int, char** arguments) {
     for (int32_t op = 0; op < kNumOps; ++op) {
         if (races) drive_races(op);
         for (int32_t isa = 0; isa < kNumIsas && !races; ++isa)
-            if (mars_isa_levels() >> isa & 1) drive_operation(isa, op, 2);
+            if (mars_isa_levels() >> isa & 1) drive_operation(isa, op, 2), drive_journals(isa, 3);
     }
     if (races) {
         std::thread other(drive_products, 4);

@@ -553,7 +553,14 @@ def test_a_bound_finds_what_measuring_finds(mars_type: str, options: dict[str, A
             optimizer.step()
             assert len(optimizer._steps.norms) >= 2
         results.append(parameters)
-    # Tensors that were updated before a clip was known to be needed differ by roundings of the amendment.
-    amended = mars_type != "m" and not options
+    # Tensors that were updated before a clip was known to be needed differ by roundings of the amendment: of fp32, or
+    # of what is drawn in bf16, where a momentum near 0 may have either sign.
+    amended = mars_type != "m" and not {"max_grad_norm", "donate_grads"} & options.keys()
     for p, q in zip(*results, strict=True):
-        torch.testing.assert_close(p, q, rtol=3e-7 if amended else 0, atol=1e-7 if amended else 0)
+        if amended and options == {"state_precision": "bf16"}:
+            off = (p - q).abs()
+            assert off.max() <= (2 * 16 * 0.01 if mars_type == "lion" else 16 * 0.01 * 2**-6)
+            assert (off > 1e-6).float().mean() <= (0.2 if mars_type == "lion" else 1)
+        else:
+            exact = not amended or options
+            torch.testing.assert_close(p, q, rtol=0 if exact else 3e-7, atol=0 if exact else 1e-7)

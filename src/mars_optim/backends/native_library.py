@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from mars_optim.native import Isa, NativeUnavailable, forced_isa, handle
+from mars_optim.native import Isa, NativeUnavailable, forced_isa, handle, opened
 
 # A writable buffer, or its address.
 Memory = int | bytearray | memoryview
@@ -184,7 +185,15 @@ def load(isa: Isa | None = None) -> Library:
     Raises:
         NativeUnavailable: the message names the cause and the remedy.
     """
-    library = handle()
+    return _at_level(handle(), isa)
+
+
+def library_at(path: Path) -> Library:
+    """Return the library of another build; raises as `load`."""
+    return _at_level(opened(path), None)
+
+
+def _at_level(library: ctypes.CDLL, isa: Isa | None) -> Library:
     library.mars_run.argtypes = (
         ctypes.c_int32,
         ctypes.POINTER(Call),

@@ -69,11 +69,10 @@ def write(address, start, n, stored, FORMAT: tl.constexpr, ALIGNED: tl.constexpr
 
 @triton.jit
 def random_bits(key, start):
-    """32 bits for each element: the hash of (key, element) in `mars_optim.state`."""
-    h = (start + places()).to(tl.uint32) * 0x9E3779B1 + key
-    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    """32 bits for each element: `mars_optim.state.random_bits`."""
+    h = (key ^ (key >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return h ^ (h >> 16)
+    return (start + places()).to(tl.uint32) * 0x9E3779B1 + (h ^ (h >> 16))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ so that small elements keep relative precision: spacing 2/(127 sqrt(y)) and 4/(2
 times the scale. A second moment above 0 never gets the code 0, by which the step would divide.
 
 Averages move by less than half a spacing a step, and rounding to nearest would pin them. They are rounded
-stochastically instead, up or down with the probability that keeps the expectation; random bits are a hash of
+stochastically instead, up or down with the probability that keeps the expectation; random bits are a function of
 (tensor, step, element), the same on every backend.
 """
 
@@ -134,10 +134,15 @@ def key_of(salt: int, step: int | Tensor) -> Key:
 
 
 def random_bits(key: Key, like: Tensor) -> Tensor:
-    """Return 32 random bits, as int64, for each element of `like`; element i in memory is the hash of (key, i)."""
+    """Return 32 random bits, as int64, for each element of `like`, in the order of memory.
+
+    Element i has hash(key) + i * G modulo 2^32, G odd: at each step equally likely to be any 32 bits, and independent
+    from step to step, since the hash is; that is all that rounding needs to be right on average. Within a step
+    neighbours' bits are spread more evenly than independent ones would be, and cost one addition.
+    """
     dense = torch.empty_like(like, dtype=torch.int64, memory_format=torch.preserve_format)
     index = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
-    _flat(dense).copy_(_avalanche((index * 0x9E3779B1 + key) & _MASK))
+    _flat(dense).copy_((index * 0x9E3779B1 + _avalanche(key)) & _MASK)
     return dense
 
 

@@ -105,8 +105,12 @@ static_assert(sizeof(Product) == 120, "native_product.py mirrors it");
 struct Kernels {
     void (*measure)(const Call&, const Record&, int64_t start, int64_t count, double* sums);
     void (*update)(const Call&, const Record&, int64_t start, int64_t count, double clip);
+    // Whether what `advance` does to a tensor can be amended.
+    bool (*can_advance)(const Call&, const Record&);
     // Measures g.g, and updates with clip = 1 while it is within the limit; returns how many elements it has updated.
-    int32_t (*advance)(const Call&, const Record&, int64_t start, int64_t count, double limit, double* square);
+    // Where it overwrites g', in bf16, it leaves the old one in the journal, which has the tensor's places.
+    int32_t (*advance)(const Call&, const Record&, int64_t start, int64_t count, double limit, double* square,
+                       uint16_t* journal);
     // After an update with clip = 1: makes it one with this clip.
     void (*amend)(const Call&, const Record&, int64_t start, int64_t count, double clip);
 };

@@ -126,7 +126,8 @@ static void convert(const From* __restrict in, int n, To* __restrict out) {
 }
 
 static void fill_random(uint32_t key, int64_t start, int n, uint32_t* __restrict random) {
-    for (int i = 0; i < n; ++i) random[i] = random_bits(uint32_t(start) + uint32_t(i), key);
+    uint32_t bits = start_of(key) + uint32_t(start) * kGolden;
+    for (int i = 0; i < n; ++i, bits += kGolden) random[i] = bits;
 }
 
 // An operand as it is stored. `is_signed` chooses between the two 8-bit formats.
@@ -215,7 +216,7 @@ static inline void put(uint16_t* p, int i, float x, uint32_t random) { p[i] = Bf
 // c = a g + b (ratio g - g')
 template <bool kPrev, class T, class P>
 static inline T corrected(T g, const P* __restrict prev, int i, T a, T b, T ratio) {
-    return kPrev ? a * g + b * (ratio * g - get<T>(prev, i)) : a * g;
+    return kPrev ? fused(b, fused(ratio, g, -get<T>(prev, i)), a * g) : a * g;
 }
 
 // The operands of one tensor as they are stored.

@@ -19,6 +19,7 @@ static_assert(kChunk % kQ8Block == 0, "a scale belongs to one task");
 constexpr int64_t kWindow = 1 << 17;  // elements measured before they are updated: g and g' of these stay in the cache
 constexpr int64_t kSpan = 4;  // chunks a task: memory likes long runs
 constexpr double kUsual = 16;  // times its share of ||g'||^2: a chunk's part of ||g||^2 that is nothing special
+constexpr int64_t kJournal = 1 << 26;  // elements, in bf16, that a window may put aside: 128 MiB
 
 // What a tensor's clip factor takes: nothing, since a bound says 1; g alone, since the bound probably will; or all of c.
 // kOnce: g alone, and each chunk is updated right after it was measured, as if the bound would do. Where in the end it does
@@ -31,13 +32,40 @@ struct Task {
     int64_t begin, end;  // chunks
 };
 
+// Tensors that are measured one after the other, before any of them is updated.
+struct Window {
+    int64_t begin, end;
+    int64_t journal = 0;  // elements
+    std::atomic<int64_t> unsettled{0};  // tasks
+
+    Window(int64_t first, int64_t last) : begin(first), end(last) {}
+    Window(Window&& other) : begin(other.begin), end(other.end) {}  // before anything is counted
+};
+
+// This thread's memory for what a step may have to give back: the same pages at each step, since new ones cost more than they
+// save. Null where there is not enough.
+uint16_t* journal_of(int64_t elements) {
+    struct Free {
+        void operator()(uint16_t* p) const { ::operator delete(p, std::align_val_t(64)); }
+    };
+    thread_local std::unique_ptr<uint16_t, Free> memory;
+    thread_local int64_t size = 0;
+    if (elements > size) {
+        memory.reset();
+        memory.reset(static_cast<uint16_t*>(::operator new(size_t(elements) * 2, std::align_val_t(64), std::nothrow)));
+        size = memory ? elements : 0;
+    }
+    return memory.get();
+}
+
 // One call's tensors, tasks and what they find.
 class Plan {
 public:
     Plan(const Call& call, const Record* records, int64_t count, const Kernels& kernels, double* sums)
         : call_(call), records_(records), count_(count), kernels_(kernels), sums_(sums),
           measures_(call.op == kProducts || (call.op != kDescend && call.clip_norm > 0)),
-          first_(size_t(count) + 1), reads_(size_t(count), measures_ ? Reads::kAll : Reads::kNothing) {
+          first_(size_t(count) + 1), reads_(size_t(count), measures_ ? Reads::kAll : Reads::kNothing),
+          window_(size_t(count)), journal_(size_t(count)) {
         for (int64_t t = 0; t < count; ++t) first_[size_t(t) + 1] = first_[size_t(t)] + chunks_of(t);
         if (measures_) {
             partial_.resize(3 * size_t(first_.back()));
@@ -51,7 +79,13 @@ public:
             }
         }
         if (sums) std::fill(sums, sums + 3 * count, 0.0);
-        order();
+        if (call.op == kProducts) {
+            add_tasks(true, 0, count);
+        } else {
+            cut();
+            keep_journals();
+            order();
+        }
     }
 
     void run() {
@@ -65,23 +99,66 @@ public:
 private:
     int64_t chunks_of(int64_t t) const { return (records_[t].n + kChunk - 1) / kChunk; }
 
-    // Windows of tensors: all are measured, then updated from the last chunk to the first, since the last is the one
-    // that the cache still holds. For the same reason the last window comes first, unless it is norms that are asked for.
-    // What tensors that are updated as they are measured have left to do comes at the end.
-    void order() {
-        tasks_.reserve(size_t(first_.back()) * (measures_ ? 2 : 1));
-        if (call_.op == kProducts) return add_tasks(true, 0, count_);
+    // The last window comes first: its gradients are what the cache may still hold of a pass before this call.
+    void cut() {
         int64_t end = count_, elements = 0;
         for (int64_t t = count_; t-- > 0;) {
             elements += records_[t].n;
+            window_[size_t(t)] = int64_t(windows_.size());
             if (elements < kWindow && t > 0) continue;
-            add_tasks(true, t, end);
-            add_tasks(false, t, end);
+            windows_.emplace_back(t, end);
             end = t;
             elements = 0;
         }
-        for (int64_t t = 0; t < count_; ++t)
-            if (reads_[size_t(t)] == Reads::kOnce) add_chunks(false, t);
+    }
+
+    // Two windows have journals at a time, and take turns at the two halves.
+    void keep_journals() {
+        int64_t halves[2] = {};
+        for (size_t w = 0; w < windows_.size(); ++w) {
+            Window& window = windows_[w];
+            for (int64_t t = window.begin; t < window.end; ++t)
+                if (overwrites(t)) window.journal += places(t);
+            halves[w % 2] = std::max(halves[w % 2], window.journal <= kJournal ? window.journal : 0);
+        }
+        uint16_t* const memory = journal_of(halves[0] + halves[1]);
+        for (size_t w = 0; w < windows_.size(); ++w) {
+            uint16_t* place = memory + (w % 2) * size_t(halves[0]);
+            for (int64_t t = windows_[w].begin; t < windows_[w].end; ++t) {
+                if (!overwrites(t)) continue;
+                if (!memory || windows_[w].journal > kJournal) {
+                    reads_[size_t(t)] = Reads::kGradient;
+                } else {
+                    journal_[size_t(t)] = place;
+                    place += places(t);
+                }
+            }
+        }
+    }
+
+    // Whether an update in time leaves nothing of g' where it was.
+    bool overwrites(int64_t t) const { return reads_[size_t(t)] == Reads::kOnce && records_[t].next; }
+
+    // Whole cache lines.
+    int64_t places(int64_t t) const { return (records_[t].n + 31) / 32 * 32; }
+
+    // Of each window all tensors are measured, then updated from the last chunk to the first, since the last is the one
+    // that the cache still holds. What tensors that are updated as they are measured have left to do comes one window
+    // later, when nobody has to wait for a norm.
+    void order() {
+        tasks_.reserve(size_t(first_.back()) * (measures_ ? 2 : 1));
+        for (size_t w = 0; w <= windows_.size(); ++w) {
+            if (w < windows_.size()) {
+                add_tasks(true, windows_[w].begin, windows_[w].end);
+                add_tasks(false, windows_[w].begin, windows_[w].end);
+            }
+            if (w == 0) continue;
+            Window& before = windows_[w - 1];
+            const size_t size = tasks_.size();
+            for (int64_t t = before.begin; t < before.end; ++t)
+                if (reads_[size_t(t)] == Reads::kOnce) add_chunks(false, t);
+            before.unsettled.store(int64_t(tasks_.size() - size), std::memory_order_relaxed);
+        }
     }
 
     // Measures tensors from the first chunk to the last, updates them from the last to the first.
@@ -105,6 +182,7 @@ private:
                 for (int64_t c = task.begin; c < task.end; ++c) measure(task.tensor, c);
             } else if (reads_[size_t(task.tensor)] == Reads::kOnce) {
                 for (int64_t c = task.begin; c < task.end; ++c) settle(task.tensor, c, clip(task.tensor));
+                windows_[size_t(window_[size_t(task.tensor)])].unsettled.fetch_sub(1, std::memory_order_acq_rel);
             } else {
                 const Record& record = records_[task.tensor];
                 const int64_t start = task.begin * kChunk, length = std::min(task.end * kChunk, record.n) - start;
@@ -117,8 +195,23 @@ private:
     void settle(int64_t t, int64_t chunk, double clip) {
         const Record& record = records_[t];
         const int64_t start = chunk * kChunk, length = std::min(kChunk, record.n - start), done = num_updated(t, chunk);
-        if (clip != 1) kernels_.amend(call_, record, start, done, clip);
+        if (clip != 1) kernels_.amend(call_, as_it_was(t), start, done, clip);
         kernels_.update(call_, record, start + done, length - done, clip);
+    }
+
+    // The record of what `advance` has been through, with g' where it is now.
+    Record as_it_was(int64_t t) const {
+        Record record = records_[t];
+        if (const uint16_t* journal = journal_[size_t(t)]) record.prev = journal;
+        return record;
+    }
+
+    // The journal's half that this tensor will write to must not be needed any more: seldom a wait.
+    uint16_t* journal(int64_t t) {
+        const int64_t w = window_[size_t(t)];
+        if (journal_[size_t(t)] && w >= 2)
+            while (windows_[size_t(w - 2)].unsettled.load(std::memory_order_acquire)) std::this_thread::yield();
+        return journal_[size_t(t)];
     }
 
     int32_t& num_updated(int64_t t, int64_t chunk) { return num_updated_[size_t(first_[size_t(t)] + chunk)]; }
@@ -130,7 +223,7 @@ private:
         if (reads_[size_t(t)] == Reads::kAll) kernels_.measure(call_, record, start, length, chunk_sums);
         if (reads_[size_t(t)] == Reads::kOnce) {
             const double usual = kUsual * double(length) / double(record.n) * record.prev_norm * record.prev_norm;
-            num_updated(t, chunk) = kernels_.advance(call_, record, start, length, usual, chunk_sums + 1);
+            num_updated(t, chunk) = kernels_.advance(call_, record, start, length, usual, chunk_sums + 1, journal(t));
         } else if (call_.op != kProducts) {
             chunk_sums[1] = squares_of_g(record, start, length);
         }
@@ -157,15 +250,7 @@ private:
         if (bound(r, r.g_norm) <= call_.clip_norm) return Reads::kNothing;
         const bool is_likely = r.prev && std::isinf(r.g_norm) && bound(r, 1.25 * r.prev_norm) <= call_.clip_norm;
         if (!is_likely) return Reads::kAll;
-        return can_amend(r) ? Reads::kOnce : Reads::kGradient;
-    }
-
-    // Nothing that an update needs is lost by it: g and g' stay, and all is stored as precisely as it is computed.
-    bool can_amend(const Record& r) const {
-        const Call& c = call_;
-        const int32_t exact = c.arithmetic == kDouble ? kF64 : kF32;
-        return (c.op == kLion || (c.op == kAdamw && c.v_format == exact)) && !(c.flags & (kOneBuffer | kAmsgrad)) &&
-               c.x_format == exact && c.g_format == exact && c.prev_format == exact && c.m_format == exact && !r.next;
+        return kernels_.can_advance(call_, r) ? Reads::kOnce : Reads::kGradient;
     }
 
     // By whichever thread measured a tensor's last chunk.
@@ -181,16 +266,20 @@ private:
         double norm = std::sqrt(total[0]);
         if (reads_[size_t(t)] != Reads::kAll) {
             norm = bound(records_[t], std::sqrt(total[1]));
-            if (!(norm <= call_.clip_norm)) norm = norm_of_c(records_[t]);  // it grew: seldom
+            if (!(norm <= call_.clip_norm)) norm = norm_of_c(t);  // it grew: seldom
         }
         clip_[size_t(t)] = norm <= call_.clip_norm ? 1.0 : call_.clip_norm / norm;
         pending_[size_t(t)].store(kConcluded, std::memory_order_release);
     }
 
-    double norm_of_c(const Record& record) const {
+    double norm_of_c(int64_t t) {
+        const Record &now = records_[t], before = as_it_was(t);
         double total = 0, sums[3];
-        for (int64_t start = 0; start < record.n; start += kChunk) {
-            kernels_.measure(call_, record, start, std::min(kChunk, record.n - start), sums);
+        for (int64_t chunk = 0; chunk < chunks_of(t); ++chunk) {
+            const int64_t start = chunk * kChunk, length = std::min(kChunk, now.n - start), done = num_updated(t, chunk);
+            kernels_.measure(call_, before, start, done, sums);
+            total += sums[0];
+            kernels_.measure(call_, now, start + done, length - done, sums);
             total += sums[0];
         }
         return std::sqrt(total);
@@ -213,6 +302,9 @@ private:
     const bool measures_;
     std::vector<int64_t> first_;  // each tensor's first chunk, counted over all tensors
     std::vector<Reads> reads_;
+    std::vector<Window> windows_;
+    std::vector<int64_t> window_;  // of each tensor
+    std::vector<uint16_t*> journal_;  // of each tensor: what g' was, where it was overwritten
     std::vector<Task> tasks_;
     std::vector<double> partial_;  // three sums a chunk
     std::vector<double> clip_;

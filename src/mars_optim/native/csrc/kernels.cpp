@@ -1,5 +1,6 @@
 // The kernels, once for each level of the instruction set: the same source, which the compiler vectorises as wide as the
-// level allows. Without contraction of a*b + c the levels agree bit for bit.
+// level allows. Multiplications and additions are fused where the source says so and nowhere else, so that all levels that
+// have the instruction agree bit for bit; x86-64's baseline lacks it.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -16,11 +17,27 @@ static_assert(kBlock % kQ8Block == 0, "a scale belongs to one block");
 
 }  // namespace mars
 
+#if defined(__SSE2__) || defined(_M_X64)
+#define MARS_HAS_STREAM
+#include <emmintrin.h>
+#endif
 #ifdef _MSC_VER
 #include <intrin.h>
 #define MARS_PREFETCH(address) _mm_prefetch(address, _MM_HINT_T0)
+#define MARS_INLINE static __forceinline
+#define MARS_IVDEP __pragma(loop(ivdep))
 #else
+#define MARS_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define MARS_IVDEP _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
+#else
+#define MARS_IVDEP _Pragma("GCC ivdep")
+#endif
 #define MARS_PREFETCH(address) __builtin_prefetch(address)
+#endif
+
+#if defined(__FMA__) || (defined(__aarch64__) && defined(__GNUC__))
+#define MARS_HAS_FMA
 #endif
 
 #define MARS_LEVEL baseline
@@ -28,7 +45,9 @@ static_assert(kBlock % kQ8Block == 0, "a scale belongs to one block");
 #undef MARS_LEVEL
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define MARS_HAS_LEVELS 1
+#define MARS_HAS_LEVELS
+#undef MARS_HAS_FMA
+#define MARS_HAS_FMA
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

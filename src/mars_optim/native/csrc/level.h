@@ -9,8 +9,8 @@ namespace MARS_LEVEL {
 #include "norms.h"
 #include "steps.h"
 
-static const Kernels kKernels[kNumArithmetics] = {{measure<float>, update<float>, advance<float>, amend<float>},
-                                                  {measure<double>, update<double>, advance<double>, amend<double>}};
+static const Kernels kKernels[kNumArithmetics] = {{measure<float>, update<float>, can_advance<float>, advance<float>, amend<float>},
+                                                  {measure<double>, update<double>, can_advance<double>, advance<double>, amend<double>}};
 
 }  // namespace MARS_LEVEL
 }  // namespace mars

@@ -2,18 +2,8 @@
 // weights s and kappa could magnify. Included once a level, inside its namespace.
 
 // Lane j sums every kLanes-th element of a block from j on, so that lanes are vectors.
-constexpr int kLanes = 32;
+constexpr int kLanes = 32;  // also of a line
 constexpr int kRun = kBlock / kLanes;
-
-// A product of two fp32 numbers is exact in double, so that a fused multiply-add rounds as a separate one does.
-static inline double add_product(double x, double y, double sum, float) {
-#ifdef __FMA__
-    return __builtin_fma(x, y, sum);
-#else
-    return x * y + sum;
-#endif
-}
-static inline double add_product(double x, double y, double sum, double) { return x * y + sum; }
 
 template <bool kPrev, class T, class P>
 static void add_squares(const T* __restrict g, const P* __restrict prev, T a, T b, T ratio, double* __restrict cc) {
@@ -21,7 +11,7 @@ static void add_squares(const T* __restrict g, const P* __restrict prev, T a, T 
         double sum = 0;
         for (int k = 0; k < kRun; ++k) {
             const double c = double(corrected<kPrev>(g[j + k * kLanes], prev, j + k * kLanes, a, b, ratio));
-            sum = add_product(c, c, sum, T());
+            sum = fused(c, c, sum);
         }
         cc[j] += sum;
     }
@@ -34,9 +24,9 @@ static void add_products(const T* __restrict g, const P* __restrict prev, double
         double gg = 0, go = 0, oo = 0;
         for (int k = 0; k < kRun; ++k) {
             const double gi = double(g[j + k * kLanes]), other = double(get<T>(prev, j + k * kLanes));
-            gg = add_product(gi, gi, gg, T());
-            go = add_product(gi, other, go, T());
-            oo = add_product(other, other, oo, T());
+            gg = fused(gi, gi, gg);
+            go = fused(gi, other, go);
+            oo = fused(other, other, oo);
         }
         sums[j] += gg;
         sums[j + kLanes] += go;
@@ -61,10 +51,36 @@ static const T* padded(const T* elements, int n, T* buffer) {
     return buffer;
 }
 
-static inline double sum_of(const double* lanes) {
-    double sum = 0;
-    for (int j = 0; j < kLanes; ++j) sum += lanes[j];
-    return sum;
+// In pairs: a chain of additions would take longer than the products.
+template <class T>
+static inline double sum_of(const T* lanes) {
+    double sums[kLanes];
+    for (int j = 0; j < kLanes; ++j) sums[j] = double(lanes[j]);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+    return sums[0];
+}
+
+// Upper bounds of g.g, no more than 1e-5 above it, or 1e-37 an element: summed as T, a fraction of the work, where
+// nothing is too large for that.
+template <class T>
+static double bound_of_sum(const T* squares, const T* g, int n) {
+    double sum = sum_of(squares);
+    if (sum > 1e38) {  // some may have become infinite
+        sum = 0;
+        for (int i = 0; i < n; ++i) sum += double(g[i]) * double(g[i]);
+    }
+    return sum * (1 + 1e-5) + 1e-37 * n;
+}
+
+template <class T>
+static double bound_of_squares(const T* g, int n) {
+    T squares[kLanes] = {};
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+        for (int j = 0; j < kLanes; ++j) squares[j] = fused(g[i + j], g[i + j], squares[j]);
+    for (int j = 0; i < n; ++i, ++j) squares[j] = fused(g[i], g[i], squares[j]);
+    return bound_of_sum(squares, g, n);
 }
 
 // (g.g, g.g', g'.g') for kProducts, else (c.c, 0, 0).

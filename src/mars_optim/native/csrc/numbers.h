@@ -11,9 +11,24 @@ static inline To bit_cast(From from) {
 
 static inline uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
 
-// 32 random bits for element i. torch and Triton spell the same function.
-static inline uint32_t random_bits(uint32_t i, uint32_t key) {
-    uint32_t h = i * 0x9E3779B1u + key;
+// x y + z, rounded once where the level has an instruction for it.
+template <class T>
+static inline T fused(T x, T y, T z) {
+#ifdef MARS_HAS_FMA
+    return sizeof(T) == sizeof(float) ? T(__builtin_fmaf(float(x), float(y), float(z))) : T(__builtin_fma(x, y, z));
+#else
+    return x * y + z;
+#endif
+}
+
+// Element i has the 32 random bits start_of(key) + i * kGolden. torch and Triton spell the same function;
+// `mars_optim.state.random_bits` says why it does.
+constexpr uint32_t kGolden = 0x9E3779B1u;
+// What sets the keys apart of numbers that are drawn beside the moments'.
+constexpr uint32_t kOfWeights = 0x5bd1e995u, kAmendment = 0x2545f491u;
+
+static inline uint32_t start_of(uint32_t key) {
+    uint32_t h = key;
     h ^= h >> 16;
     h *= 0x85ebca6bu;
     h ^= h >> 13;
@@ -65,7 +80,8 @@ struct Half {
     }
 };
 
-static inline float quiet(float x) { return x == x ? x : bit_cast<float>(0x7fc00000u); }
+template <bool kIsRounded, class T>
+static inline T quiet(T x) { return !kIsRounded || x == x ? x : T(bit_cast<float>(0x7fc00000u)); }
 
 template <class F>
 static inline uint16_t round_nearest(float x) {

@@ -89,7 +89,7 @@ static inline void store_x(const Call& call, const Record& r, int64_t start, int
     if (call.x_format == kF32) return;
     uint32_t random[kBlock];
     if (call.rounding == kStochastic || call.rounding == kRemainder8)
-        fill_random(uint32_t(r.key) ^ 0x5bd1e995u, start, n, random);
+        fill_random(uint32_t(r.key) ^ kOfWeights, start, n, random);
     if (call.x_format == kBF16) return store_narrow<Bf16>(call, r, start, n, x, random);
     return store_narrow<Half>(call, r, start, n, x, random);
 }
