@@ -581,12 +581,6 @@ MUTANTS = [
         (NATIVE, "narrow_state and without"),
     ),
     mutant(
-        "native: amended as it was drawn",
-        "uint32_t(r.key) ^ kAmendment",
-        "uint32_t(r.key)",
-        (NATIVE, "right_on_average"),
-    ),
-    mutant(
         "native: c_t kept",
         "vmax[i] = top;\n        if (kKeep) keep(prev, i, gi);",
         "vmax[i] = top;\n        if (kKeep) keep(prev, i, c);",

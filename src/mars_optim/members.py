@@ -14,7 +14,7 @@ from .exact import PreviousGradients
 from .hyperparameters import fold_lr_1d, treatments
 from .offload import place
 from .preconditioners import PRECONDITIONERS
-from .sharding import Replicas, Spread, any_rank, is_dtensor, local, placed_like
+from .sharding import Replicas, Spread, any_rank, has_dtensor, local, placed_like
 from .state import (
     arithmetic_dtype,
     choose_form,
@@ -25,8 +25,13 @@ from .state import (
     precision_of,
 )
 
-# For each state, by its parameter's index: how many entries it had when it was last completed, and for what.
-Completed = dict[int, tuple[Any, ...]]
+
+class Completed:
+    """For each state, by its parameter's index: how many entries it had when it was last completed, and for what."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, tuple[Any, ...]] = {}
+        self.wants: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 @dataclass(slots=True)
@@ -69,8 +74,9 @@ def members_of(
     """
     fold_lr_1d(group)
     vector, main = treatments(group)
-    wants_vector, wants_main = _wants(vector, group), _wants(main, group)
-    may_be_spread = replicas.group is not None or any(map(is_dtensor, group["params"]))
+    # The same objects from step to step: then comparing what they are part of ends at their identity.
+    wants_vector, wants_main = (completed.wants.setdefault(w, w) for w in (_wants(vector, group), _wants(main, group)))
+    may_be_spread = replicas.group is not None or has_dtensor(group["params"])
     params: list[Tensor] = group["params"]
     members: list[Member] = []
     for i in range(len(params)) if which is None else which:
@@ -87,10 +93,10 @@ def members_of(
             grad, spread = placed_like(grad, p), replicas.spread_of(p)
         treatment, wants = (vector, wants_vector) if p.ndim < 2 else (main, wants_main)
         state, index = states[p], first_index + i
-        if completed.get(index) != (len(state), grad.dtype, wants):
+        if completed.states.get(index) != (len(state), grad.dtype, wants):
             only_materialises = not state and _is_materialising(p, grad, spread, group)
             _complete(state, p, treatment, group)
-            completed[index] = (len(state), grad.dtype, wants)
+            completed.states[index] = (len(state), grad.dtype, wants)
             if only_materialises:
                 continue
         member = Member(p, grad, index, state, treatment, spread)

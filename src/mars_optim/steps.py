@@ -16,7 +16,7 @@ from .exact import PreviousGradients
 from .members import Completed, Member, members_of
 from .offload import Lane
 from .ranks import Ranks
-from .sharding import Replicas, is_dtensor
+from .sharding import Replicas, has_dtensor
 from .update import update_
 
 Groups = Sequence[dict[str, Any]]
@@ -37,12 +37,12 @@ class Steps:
         self.replicas = replicas
         self.norms: dict[int, float] = {}
         self._gathers = gathers
-        self._completed: Completed = {}
+        self._completed = Completed()
         self._lanes: dict[torch.device, Lane] = {}
 
     def forget(self) -> None:
         """Call when the state has been replaced."""
-        self.norms, self._completed, self._lanes = {}, {}, {}
+        self.norms, self._completed, self._lanes = {}, Completed(), {}
 
     def synchronize(self) -> None:
         """Wait until offloaded state is what the last step left."""
@@ -115,5 +115,5 @@ class Steps:
                 raise RuntimeError(f"step_in_backward() with {name}={forbidden}: construct with {name}={not forbidden}")
         if any(group["max_grad_norm"] is not None for group in groups):
             raise RuntimeError("step_in_backward() sees one gradient at a time; construct with max_grad_norm=None")
-        if self.replicas.group is not None or any(is_dtensor(p) for group in groups for p in group["params"]):
+        if self.replicas.group is not None or any(has_dtensor(group["params"]) for group in groups):
             raise RuntimeError("step_in_backward() takes steps before ranks have exchanged gradients; use step()")

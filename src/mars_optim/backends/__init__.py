@@ -79,7 +79,7 @@ def select(group: dict[str, Any]) -> Backend:
     """
     if group["differentiable"]:
         return reference
-    devices = {p.device.type for p in group["params"]}
+    devices = {device.type for device in {p.device for p in group["params"]}}
     if group["foreach"] is None and group["fused"] is not False and not torch.compiler.is_compiling():
         fused = _fused(devices, group["params"], required=group["fused"] is True)
         if fused is not None:
@@ -90,7 +90,8 @@ def select(group: dict[str, Any]) -> Backend:
 
 def _fused(devices: set[str], params: Sequence[Tensor], *, required: bool) -> Backend | None:
     """Return the fused kernels for all of `devices`; where they are missing, say so once, or raise if `required`."""
-    strange = next((p for p in params if not _is_plain(p)), None)
+    kinds = {(type(p), p.dtype): p for p in params}  # one of each
+    strange = next((p for p in kinds.values() if not _is_plain(p)), None)
     if strange is not None:
         if not required:
             return None

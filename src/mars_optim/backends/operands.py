@@ -27,8 +27,7 @@ class Operands:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
-        # The strides of the state of a parameter are its own where it is dense.
-        self._layouts = [p.stride() if p.is_contiguous() else torch.empty_like(p).stride() for p in batch.params]
+        self._are_contiguous = _are_contiguous(batch.params)
         self._absent = array("Q", bytes(8 * len(batch.params)))
         self._copies: list[tuple[Tensor, Tensor]] = []
 
@@ -70,17 +69,23 @@ class Operands:
     def _addresses(self, tensors: list[Tensor] | None, *, writes: bool = False) -> array[int]:
         if tensors is None:
             return self._absent
-        if [t.stride() for t in tensors] != self._layouts:
-            tensors = [self._laid_out(t, layout, writes) for t, layout in zip(tensors, self._layouts, strict=True)]
+        if not (self._are_contiguous and _are_contiguous(tensors)):
+            tensors = [self._laid_out(t, p, writes) for t, p in zip(tensors, self._batch.params, strict=True)]
         return _writable_addresses(tensors) if writes else read_only_addresses(tensors)
 
-    def _laid_out(self, tensor: Tensor, layout: tuple[int, ...], writes: bool) -> Tensor:
+    def _laid_out(self, tensor: Tensor, param: Tensor, writes: bool) -> Tensor:
+        # The strides of the state of a parameter are its own where it is dense.
+        layout = param.stride() if param.is_contiguous() else torch.empty_like(param).stride()
         if tensor.stride() == layout:
             return tensor
         assert not is_q8(tensor)
         copy = torch.empty_strided(tensor.shape, layout, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         self._copies.append((tensor if writes else copy, copy))
         return copy
+
+
+def _are_contiguous(tensors: list[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors))
 
 
 def _writable_addresses(tensors: list[Tensor]) -> array[int]:

@@ -80,6 +80,12 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def has_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of `tensors` is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what of `tensor` lies on this rank: the tensor itself unless it is a DTensor."""
     if not is_dtensor(tensor):

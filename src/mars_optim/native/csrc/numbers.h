@@ -24,8 +24,7 @@ static inline T fused(T x, T y, T z) {
 // Element i has the 32 random bits start_of(key) + i * kGolden. torch and Triton spell the same function;
 // `mars_optim.state.random_bits` says why it does.
 constexpr uint32_t kGolden = 0x9E3779B1u;
-// What sets the keys apart of numbers that are drawn beside the moments'.
-constexpr uint32_t kOfWeights = 0x5bd1e995u, kAmendment = 0x2545f491u;
+constexpr uint32_t kOfWeights = 0x5bd1e995u;  // sets the weights' key apart from the moments'
 
 static inline uint32_t start_of(uint32_t key) {
     uint32_t h = key;

@@ -366,30 +366,29 @@ static void amend_lion(int n, const Weights<T>& w, T clip, const T* __restrict g
     }
 }
 
-// Weights and gradients stored as T. Moments in bf16 are drawn anew, so that they are right on average.
+// Weights and gradients stored as T. Moments in bf16 are drawn once more, so that they are right on average.
 template <class T>
 static void amend(const Call& call, const Record& r, int64_t start, int64_t count, double clip) {
     const Operands o(call, r);
     const Weights<T> w(call, r, 1.0);
     const bool narrow = call.m_format != kNative<T>;
     T prev_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock];
-    uint32_t drawn[kBlock], random[kBlock];
+    uint32_t random[kBlock];
     for (int64_t i = start; i < start + count; i += kBlock) {
         const int n = int(start + count - i < kBlock ? start + count - i : kBlock);
-        fill_random(uint32_t(r.key), i, n, drawn);
-        fill_random(uint32_t(r.key) ^ kAmendment, i, n, random);
+        fill_random(uint32_t(r.key), i, n, random);
         const T* g = at<const T>(o.g, i);
         const T* prev = view(o.prev, i, n, prev_buffer);
         T* m = view(o.m, i, n, m_buffer);
         T* x = at<T>(o.x, i);
         if (call.op == kAdamw) {
             T* v = view(o.v, i, n, v_buffer);
-            if (narrow) amend_adamw<true>(n, w, T(clip), g, prev, m, v, x, drawn);
-            else amend_adamw<false>(n, w, T(clip), g, prev, m, v, x, drawn);
+            if (narrow) amend_adamw<true>(n, w, T(clip), g, prev, m, v, x, random);
+            else amend_adamw<false>(n, w, T(clip), g, prev, m, v, x, random);
             put_back(o.v, i, n, v, random, 16);
         } else {
-            if (narrow) amend_lion<true>(n, w, T(clip), g, prev, m, x, drawn);
-            else amend_lion<false>(n, w, T(clip), g, prev, m, x, drawn);
+            if (narrow) amend_lion<true>(n, w, T(clip), g, prev, m, x, random);
+            else amend_lion<false>(n, w, T(clip), g, prev, m, x, random);
         }
         put_back(o.m, i, n, m, random, 0);
     }
