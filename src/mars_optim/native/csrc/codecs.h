@@ -4,33 +4,29 @@
 template <class T>
 constexpr Format kNative = sizeof(T) == 8 ? kF64 : kF32;
 
-static inline float q8_level(float code) {  // signed, as a fraction of the block's scale
-    const float t = code / 127.0f;
-    return t * t;
-}
-
-static inline float q8_level_unsigned(float code) {
-    const float t = code / 255.0f;
-    const float square = t * t;
-    return square * square;
-}
+// The levels of the 8-bit formats in units of the first, which are whole numbers: q^2 up to 127^2, q^4 up to 255^4. There
+// are no divisions: a step has three codes to read and three to find for each element.
+constexpr float kQ8Top = 127.0f * 127.0f, kQ8TopUnsigned = 255.0f * 255.0f;
 
 template <class T>
 static void decode_q8(const int8_t* __restrict codes, float scale, int n, T* __restrict out) {
     for (int i = 0; i < n; ++i) {
-        const float level = q8_level(codes[i]);
-        out[i] = T(scale * (codes[i] < 0 ? -level : level));
+        const float q = float(codes[i]);
+        out[i] = T(scale * (q * std::fabs(q) * (1 / kQ8Top)));
     }
 }
 
 template <class T>
 static void decode_q8(const uint8_t* __restrict codes, float scale, int n, T* __restrict out) {
-    for (int i = 0; i < n; ++i) out[i] = T(scale * q8_level_unsigned(codes[i]));
+    for (int i = 0; i < n; ++i) {
+        const float q = float(codes[i]), square = q * q * (1 / kQ8TopUnsigned);
+        out[i] = T(scale * (square * square));
+    }
 }
 
-// Whether 16 random bits send a value up that lies `fraction` of the way to the next level.
-static inline int32_t goes_up(uint32_t random, float fraction) {
-    return (float(int32_t(random)) + 0.5f) * 0x1p-16f < fraction ? 1 : 0;
+// Whether 16 random bits send a value up that lies `above` its lower level, the next being `spacing` away.
+static inline int32_t goes_up(uint32_t random, float above, float spacing) {
+    return (float(int32_t(random)) + 0.5f) * 0x1p-16f * spacing < above ? 1 : 0;
 }
 
 // The code of a magnitude, given as a fraction of the scale. Stochastic codes start one below the largest, so that
@@ -40,8 +36,8 @@ static inline int32_t q8_code(float ratio, uint32_t random) {
     const float y = 127.0f * std::sqrt(ratio);
     if (!kDraw) return nearest_integer(y);
     const int32_t below = int32_t(y) < 126 ? int32_t(y) : 126;
-    const float low = q8_level(float(below)), high = q8_level(float(below + 1));
-    return below + goes_up(random, (ratio - low) / (high - low));
+    const float low = float(below * below), high = float((below + 1) * (below + 1));
+    return below + goes_up(random, ratio * kQ8Top - low, high - low);
 }
 
 template <bool kDraw>
@@ -49,9 +45,17 @@ static inline int32_t q8_code_unsigned(float ratio, uint32_t random) {
     const float y = 255.0f * std::sqrt(std::sqrt(ratio));
     if (!kDraw) return nearest_integer(y);
     const int32_t below = int32_t(y) < 254 ? int32_t(y) : 254;
-    const float low = q8_level_unsigned(float(below)), high = q8_level_unsigned(float(below + 1));
-    return below + goes_up(random, (ratio - low) / (high - low));
+    const float low = float(below * below), high = float((below + 1) * (below + 1));
+    return below + goes_up(random, ratio * (kQ8TopUnsigned * kQ8TopUnsigned) - low * low, high * high - low * low);
 }
+
+// Magnitudes as fractions of a scale, whose inverse must not overflow.
+struct Q8Ratio {
+    float lift, inverse;
+
+    explicit Q8Ratio(float scale) : lift(scale < 0x1p-100f ? 0x1p64f : 1.0f), inverse(1 / (scale * lift)) {}
+    float operator()(float x) const { return std::fabs(x) * lift * inverse; }
+};
 
 // The largest magnitude; nan if any element is inf or nan.
 template <class T>
@@ -67,9 +71,10 @@ static float q8_scale(const T* __restrict in, int n) {
 template <bool kDraw, class T>
 static void encode_q8(const T* __restrict in, float scale, int n, const uint32_t* __restrict random, int shift,
                       int8_t* __restrict codes) {
+    const Q8Ratio ratio(scale);
     for (int i = 0; i < n; ++i) {
         const float x = float(in[i]);
-        const int32_t code = q8_code<kDraw>(std::fabs(x) / scale, kDraw ? (random[i] >> shift) & 0xffff : 0);
+        const int32_t code = q8_code<kDraw>(ratio(x), kDraw ? (random[i] >> shift) & 0xffff : 0);
         codes[i] = int8_t(x < 0 ? -code : code);
     }
 }
@@ -77,9 +82,10 @@ static void encode_q8(const T* __restrict in, float scale, int n, const uint32_t
 template <bool kDraw, class T>
 static void encode_q8(const T* __restrict in, float scale, int n, const uint32_t* __restrict random, int shift,
                       uint8_t* __restrict codes) {
+    const Q8Ratio ratio(scale);
     for (int i = 0; i < n; ++i) {
-        const float x = std::fabs(float(in[i]));
-        const int32_t code = q8_code_unsigned<kDraw>(x / scale, kDraw ? (random[i] >> shift) & 0xffff : 0);
+        const float x = float(in[i]);
+        const int32_t code = q8_code_unsigned<kDraw>(ratio(x), kDraw ? (random[i] >> shift) & 0xffff : 0);
         codes[i] = uint8_t(code == 0 && x > 0 ? 1 : code);  // a zero under a nonzero momentum would explode
     }
 }
