@@ -8,6 +8,8 @@ namespace MARS_LEVEL {
 #include "weights.h"
 #include "norms.h"
 #include "steps.h"
+#include "walk.h"
+#include "early.h"
 
 static const Kernels kKernels[kNumArithmetics] = {{measure<float>, update<float>, can_advance<float>, advance<float>, amend<float>},
                                                   {measure<double>, update<double>, can_advance<double>, advance<double>, amend<double>}};

@@ -93,9 +93,9 @@ static void measure(const Call& call, const Record& r, int64_t start, int64_t co
     T g_buffer[kBlock], prev_buffer[kBlock];
     for (int64_t i = 0; i < count; i += kBlock) {
         const int n = int(count - i < kBlock ? count - i : kBlock);
-        if (count - i >= kAhead + kBlock) {
-            prefetch(o.g, start + i + kAhead);
-            if (has_prev) prefetch(o.prev, start + i + kAhead);
+        if (count - i >= kTile + kBlock) {
+            prefetch(o.g, start + i + kTile);
+            if (has_prev) prefetch(o.prev, start + i + kTile);
         }
         const T* g = padded(view(o.g, start + i, n, g_buffer), n, g_buffer);
         if (n == kBlock && has_prev && o.prev.data && o.prev.format == kBF16) {

@@ -1,0 +1,103 @@
+// Updates before the norm is known, and what becomes of them where c has to be clipped in the end. Included once a level,
+// inside its namespace.
+
+// What an update needs can be had again: g stays, g' does or goes to the journal, and weights are stored as precisely as
+// they are computed.
+template <class T>
+static bool can_advance(const Call& c, const Record& r) {
+    return is_direct<T>(c, r) && r.prev && T(r.b) != 0 && (!r.next || overwrites_prev(c, r));
+}
+
+template <class T>
+static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t count, double limit, double* square,
+                       uint16_t* journal) {
+    const Operands operands(call, r);
+    const Weights<T> weights(call, r, 1.0);
+    const T* g = at<const T>(operands.g, start);
+    T squares[kLine];
+    const auto length = [=](int64_t tile) { return int(count - tile < kTile ? count - tile : kTile); };
+    double sum = bound_of_squares(g, length(0));
+    int64_t tile = 0, done = 0;
+    for (; tile < count && sum <= limit; tile += kTile) {
+        const Beside<T> beside{squares, journal ? journal + start + tile : nullptr};
+        step_tile(call, r, operands, weights, start + tile, length(tile), &beside);
+        done = tile + length(tile);
+        if (done == count) break;
+        const int to_come = length(done);
+        sum += to_come == kTile ? bound_of_sum(squares, g + done, to_come) : bound_of_squares(g + done, to_come);
+    }
+    for (tile = done + kTile; tile < count; tile += kTile) sum += bound_of_squares(g + tile, length(tile));
+#ifdef MARS_HAS_STREAM
+    if (journal) _mm_sfence();
+#endif
+    *square = sum;
+    return int32_t(done);
+}
+
+// What a moment of x is once it has been stored.
+template <bool kNarrow, class T>
+static inline T once_stored(T x, uint32_t random) {
+    return kNarrow ? T(Bf16::widen(Bf16::round(float(x), random & 0xffff))) : x;
+}
+
+// The two steps again, from what they left with clip = 1: takes c's part away and adds the clipped one. What was there
+// before c comes back to within the rounding of what is stored, and exactly where it was 0. kNarrow: moments were drawn, as
+// bf16; of a v that has sunk in that rounding a spacing is left, more rather than less, for m is divided by its root.
+template <bool kNarrow, class T>
+static void amend_adamw(int n, const Weights<T>& w, T clip, const T* __restrict g, const T* __restrict prev,
+                        T* __restrict m, T* __restrict v, T* __restrict x, const uint32_t* __restrict random) {
+    const Weights<T> k = w;
+    for (int i = 0; i < n; ++i) {
+        const T c = corrected<true>(g[i], prev, i, k.a, k.b, k.ratio), clipped = clip * c;
+        const T of_m = k.rest1 * c, of_v = k.rest2 * (c * c);
+        const bool was_0 =
+            m[i] == once_stored<kNarrow>(of_m, random[i]) && v[i] == once_stored<kNarrow>(of_v, random[i] >> 16);
+        const T spacing = kNarrow ? v[i] * T(0x1p-7f) : T(0);
+        const T mi = (was_0 ? T(0) : m[i] - of_m) + k.rest1 * clipped;
+        const T vi = (was_0 ? T(0) : larger(v[i] - of_v, spacing)) + k.rest2 * (clipped * clipped);
+        x[i] += adamw_step(was_0 ? of_m : m[i], was_0 ? of_v : v[i], k) - adamw_step(mi, vi, k);
+        m[i] = mi;
+        v[i] = vi;
+    }
+}
+
+template <bool kNarrow, class T>
+static void amend_lion(int n, const Weights<T>& w, T clip, const T* __restrict g, const T* __restrict prev,
+                       T* __restrict m, T* __restrict x, const uint32_t* __restrict random) {
+    const Weights<T> k = w;
+    for (int i = 0; i < n; ++i) {
+        const T c = corrected<true>(g[i], prev, i, k.a, k.b, k.ratio), of_m = k.rest1 * c;
+        const bool was_0 = m[i] == once_stored<kNarrow>(of_m, random[i]);
+        const T mi = (was_0 ? T(0) : m[i] - of_m) + k.rest1 * (clip * c);
+        x[i] += signed_step(k.step_size, m[i]) - signed_step(k.step_size, mi);
+        m[i] = mi;
+    }
+}
+
+// Weights and gradients stored as T. Moments in bf16 are drawn once more, so that they are right on average.
+template <class T>
+static void amend(const Call& call, const Record& r, int64_t start, int64_t count, double clip) {
+    const Operands o(call, r);
+    const Weights<T> w(call, r, 1.0);
+    const bool narrow = call.m_format != kNative<T>;
+    T prev_buffer[kBlock], m_buffer[kBlock], v_buffer[kBlock];
+    uint32_t random[kBlock];
+    for (int64_t i = start; i < start + count; i += kBlock) {
+        const int n = int(start + count - i < kBlock ? start + count - i : kBlock);
+        fill_random(uint32_t(r.key), i, n, random);
+        const T* g = at<const T>(o.g, i);
+        const T* prev = view(o.prev, i, n, prev_buffer);
+        T* m = view(o.m, i, n, m_buffer);
+        T* x = at<T>(o.x, i);
+        if (call.op == kAdamw) {
+            T* v = view(o.v, i, n, v_buffer);
+            if (narrow) amend_adamw<true>(n, w, T(clip), g, prev, m, v, x, random);
+            else amend_adamw<false>(n, w, T(clip), g, prev, m, v, x, random);
+            put_back(o.v, i, n, v, random, 16);
+        } else {
+            if (narrow) amend_lion<true>(n, w, T(clip), g, prev, m, x, random);
+            else amend_lion<false>(n, w, T(clip), g, prev, m, x, random);
+        }
+        put_back(o.m, i, n, m, random, 0);
+    }
+}
