@@ -561,7 +561,7 @@ MUTANTS = [
         "native: amended from what is gone", " && (!r.next || overwrites_prev(c, r));", ";", (MEMORY, "bound_finds")
     ),
     mutant("native: the journal is not read", "record.prev = journal", "(void)journal", (NATIVE, "narrow_state")),
-    mutant("native: one half of the journal", "(w % 2) * size_t(halves[0])", "0", (NATIVE, "journals_of_many")),
+    mutant("native: one half of the journal", "half[w] * halves[0]", "0", (NATIVE, "journals_of_many")),
     mutant(
         "native: x not amended",
         "x[i] += adamw_step(was_0 ? of_m : m[i], was_0 ? of_v : v[i], k) - adamw_step(mi, vi, k);",

@@ -119,12 +119,12 @@ static void drive_journals(int32_t isa, int num_threads) {
     const Call call{kAdamw, 0, kF32, kF32, kBF16, kBF16, kBF16, kF32, kNearest, kStochasticM | kStochasticV, num_threads, 0, .9, .99, 1e-8, 0.1};
     std::vector<Tensor*> tensors;
     std::vector<Record> records;
-    for (int64_t n : {140000, 131072, 1000, 150002, 140000}) {
+    for (int64_t n : {140000, 131072, 150002, 140000, 133000, 131074, 140002}) {
         tensors.push_back(new Tensor(call, n));
         float* g = reinterpret_cast<float*>(tensors.back()->g.data());
         for (int64_t i = 0; i < n; ++i) g[i] = 2.5e-4f;
         records.push_back(tensors.back()->record(n));
-        records.back().prev_norm = 0.05;
+        records.back().prev_norm = records.size() % 3 ? 0.05 : HUGE_VAL;  // known to nobody: then it has no journal
     }
     if (mars_run(isa, &call, records.data(), int64_t(records.size()), nullptr) != kOk) std::exit(1);
     for (Tensor* tensor : tensors) delete tensor;

@@ -90,7 +90,7 @@ def select(group: dict[str, Any]) -> Backend:
 
 def _fused(devices: set[str], params: Sequence[Tensor], *, required: bool) -> Backend | None:
     """Return the fused kernels for all of `devices`; where they are missing, say so once, or raise if `required`."""
-    kinds = {(type(p), p.dtype): p for p in params}  # one of each
+    kinds = {(type(p if type(p) is Parameter else local(p)), p.dtype): p for p in params}  # one of each
     strange = next((p for p in kinds.values() if not _is_plain(p)), None)
     if strange is not None:
         if not required:

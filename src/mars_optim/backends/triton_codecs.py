@@ -240,7 +240,7 @@ def encode_weight(
     if ROUNDING == NEAREST:
         encode(address, 0, start, n, x, 0, FORMAT, False, ALIGNED, FULL)
     elif ROUNDING == STOCHASTIC:
-        random = random_bits(key ^ 0x5BD1E995, start) & ((1 << dropped) - 1)
+        random = (random_bits(key ^ 0x5BD1E995, start) >> 16) & ((1 << dropped) - 1)
         write(address, start, n, narrow(x, random, FORMAT), tl.int16, ALIGNED, FULL)
     elif ROUNDING == KAHAN:
         half = narrow_nearest(x, FORMAT)
@@ -255,7 +255,7 @@ def encode_weight(
         difference = bits - nearest
         if ROUNDING == REMAINDER8:
             shift: tl.constexpr = dropped - 8
-            random = random_bits(key ^ 0x5BD1E995, start) & ((1 << shift) - 1)
+            random = (random_bits(key ^ 0x5BD1E995, start) >> 16) & ((1 << shift) - 1)
             difference = (difference + random.to(tl.int32)) >> shift
         stored: tl.constexpr = tl.int16 if ROUNDING == REMAINDER16 else tl.int8
         limit: tl.constexpr = 32767 if ROUNDING == REMAINDER16 else 127

@@ -53,7 +53,7 @@ def pack_(batch: Batch) -> None:
             rest = _entry(packed, "param_remainder", i)
             bits = None
             if keys is not None and packed.treatment.rounds_params_stochastically:
-                bits = random_bits(keys[i] ^ 0x5BD1E995, packed.params[i])
+                bits = random_bits(keys[i] ^ 0x5BD1E995, packed.params[i]) >> 16
             encode_weight_(packed.params[i], rest, batch.params[i], bits)
         if packed.next_grads is not None:
             encode_(

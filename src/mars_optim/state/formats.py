@@ -138,7 +138,8 @@ def random_bits(key: Key, like: Tensor) -> Tensor:
 
     Element i has hash(key) + i * G modulo 2^32, G odd: at each step equally likely to be any 32 bits, and independent
     from step to step, since the hash is; that is all that rounding needs to be right on average. Within a step
-    neighbours' bits are spread more evenly than independent ones would be, and cost one addition.
+    neighbours' bits are spread more evenly than independent ones would be, and cost one addition. The lowest k bits
+    return after 2^k elements, so who needs few takes them from the upper half.
     """
     dense = torch.empty_like(like, dtype=torch.int64, memory_format=torch.preserve_format)
     index = torch.arange(like.numel(), device=like.device, dtype=torch.int64)

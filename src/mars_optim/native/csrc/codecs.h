@@ -49,11 +49,12 @@ static inline int32_t q8_code_unsigned(float ratio, uint32_t random) {
     return below + goes_up(random, ratio * (kQ8TopUnsigned * kQ8TopUnsigned) - low * low, high * high - low * low);
 }
 
-// Magnitudes as fractions of a scale, whose inverse must not overflow.
+// Magnitudes as fractions of a scale, whose inverse must neither overflow nor be subnormal.
 struct Q8Ratio {
     float lift, inverse;
 
-    explicit Q8Ratio(float scale) : lift(scale < 0x1p-100f ? 0x1p64f : 1.0f), inverse(1 / (scale * lift)) {}
+    explicit Q8Ratio(float scale)
+        : lift(scale < 0x1p-100f ? 0x1p64f : scale > 0x1p100f ? 0x1p-64f : 1.0f), inverse(1 / (scale * lift)) {}
     float operator()(float x) const { return std::fabs(x) * lift * inverse; }
 };
 

@@ -41,8 +41,8 @@ static inline T once_stored(T x, uint32_t random) {
 }
 
 // The two steps again, from what they left with clip = 1: takes c's part away and adds the clipped one. What was there
-// before c comes back to within the rounding of what is stored, and exactly where it was 0. kNarrow: moments were drawn, as
-// bf16; of a v that has sunk in that rounding a spacing is left, more rather than less, for m is divided by its root.
+// before c comes back to within the rounding of what is stored, and exactly where it was 0. Of a v that has sunk in that
+// rounding a spacing is left, more rather than less, for m is divided by its root. kNarrow: moments were drawn, as bf16.
 template <bool kNarrow, class T>
 static void amend_adamw(int n, const Weights<T>& w, T clip, const T* __restrict g, const T* __restrict prev,
                         T* __restrict m, T* __restrict v, T* __restrict x, const uint32_t* __restrict random) {
@@ -52,7 +52,7 @@ static void amend_adamw(int n, const Weights<T>& w, T clip, const T* __restrict 
         const T of_m = k.rest1 * c, of_v = k.rest2 * (c * c);
         const bool was_0 =
             m[i] == once_stored<kNarrow>(of_m, random[i]) && v[i] == once_stored<kNarrow>(of_v, random[i] >> 16);
-        const T spacing = kNarrow ? v[i] * T(0x1p-7f) : T(0);
+        const T spacing = v[i] * T(kNarrow ? 0x1p-7 : sizeof(T) == sizeof(float) ? 0x1p-23 : 0x1p-52);
         const T mi = (was_0 ? T(0) : m[i] - of_m) + k.rest1 * clipped;
         const T vi = (was_0 ? T(0) : larger(v[i] - of_v, spacing)) + k.rest2 * (clipped * clipped);
         x[i] += adamw_step(was_0 ? of_m : m[i], was_0 ? of_v : v[i], k) - adamw_step(mi, vi, k);

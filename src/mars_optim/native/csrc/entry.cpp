@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <deque>
 #include <memory>
 #include <new>
 #include <thread>
@@ -35,11 +36,11 @@ struct Task {
 // Tensors that are measured one after the other, before any of them is updated.
 struct Window {
     int64_t begin, end;
-    int64_t journal = 0;  // elements
+    int64_t journal = 0;     // elements
+    Window* before = nullptr;  // had the same half of the journal
     std::atomic<int64_t> unsettled{0};  // tasks
 
     Window(int64_t first, int64_t last) : begin(first), end(last) {}
-    Window(Window&& other) : begin(other.begin), end(other.end) {}  // before anything is counted
 };
 
 // This thread's memory for what a step may have to give back: the same pages at each step, since new ones cost more than they
@@ -104,7 +105,7 @@ private:
         int64_t end = count_, elements = 0;
         for (int64_t t = count_; t-- > 0;) {
             elements += records_[t].n;
-            window_[size_t(t)] = int64_t(windows_.size());
+            window_[size_t(t)] = windows_.size();
             if (elements < kWindow && t > 0) continue;
             windows_.emplace_back(t, end);
             end = t;
@@ -112,26 +113,32 @@ private:
         }
     }
 
-    // Two windows have journals at a time, and take turns at the two halves.
+    // Windows that need a journal take turns at its two halves.
     void keep_journals() {
+        Window* last[2] = {};
         int64_t halves[2] = {};
+        std::vector<int> half(windows_.size());
+        int turn = 0;
         for (size_t w = 0; w < windows_.size(); ++w) {
             Window& window = windows_[w];
             for (int64_t t = window.begin; t < window.end; ++t)
                 if (overwrites(t)) window.journal += places(t);
-            halves[w % 2] = std::max(halves[w % 2], window.journal <= kJournal ? window.journal : 0);
+            if (window.journal == 0 || window.journal > kJournal) continue;
+            halves[turn] = std::max(halves[turn], window.journal);
+            window.before = last[turn];
+            last[turn] = &window;
+            half[w] = turn;
+            turn = 1 - turn;
         }
         uint16_t* const memory = journal_of(halves[0] + halves[1]);
         for (size_t w = 0; w < windows_.size(); ++w) {
-            uint16_t* place = memory + (w % 2) * size_t(halves[0]);
+            const bool has_place = memory && windows_[w].journal <= kJournal;
+            int64_t place = half[w] * halves[0];
             for (int64_t t = windows_[w].begin; t < windows_[w].end; ++t) {
                 if (!overwrites(t)) continue;
-                if (!memory || windows_[w].journal > kJournal) {
-                    reads_[size_t(t)] = Reads::kGradient;
-                } else {
-                    journal_[size_t(t)] = place;
-                    place += places(t);
-                }
+                if (has_place) journal_[size_t(t)] = memory + place;
+                else reads_[size_t(t)] = Reads::kGradient;
+                place += places(t);
             }
         }
     }
@@ -182,7 +189,7 @@ private:
                 for (int64_t c = task.begin; c < task.end; ++c) measure(task.tensor, c);
             } else if (reads_[size_t(task.tensor)] == Reads::kOnce) {
                 for (int64_t c = task.begin; c < task.end; ++c) settle(task.tensor, c, clip(task.tensor));
-                windows_[size_t(window_[size_t(task.tensor)])].unsettled.fetch_sub(1, std::memory_order_acq_rel);
+                windows_[window_[size_t(task.tensor)]].unsettled.fetch_sub(1, std::memory_order_acq_rel);
             } else {
                 const Record& record = records_[task.tensor];
                 const int64_t start = task.begin * kChunk, length = std::min(task.end * kChunk, record.n) - start;
@@ -206,11 +213,11 @@ private:
         return record;
     }
 
-    // The journal's half that this tensor will write to must not be needed any more: seldom a wait.
+    // What this tensor will write over must not be needed any more: seldom a wait.
     uint16_t* journal(int64_t t) {
-        const int64_t w = window_[size_t(t)];
-        if (journal_[size_t(t)] && w >= 2)
-            while (windows_[size_t(w - 2)].unsettled.load(std::memory_order_acquire)) std::this_thread::yield();
+        if (journal_[size_t(t)])
+            if (const Window* before = windows_[window_[size_t(t)]].before)
+                while (before->unsettled.load(std::memory_order_acquire)) std::this_thread::yield();
         return journal_[size_t(t)];
     }
 
@@ -302,8 +309,8 @@ private:
     const bool measures_;
     std::vector<int64_t> first_;  // each tensor's first chunk, counted over all tensors
     std::vector<Reads> reads_;
-    std::vector<Window> windows_;
-    std::vector<int64_t> window_;  // of each tensor
+    std::deque<Window> windows_;
+    std::vector<size_t> window_;  // of each tensor
     std::vector<uint16_t*> journal_;  // of each tensor: what g' was, where it was overwritten
     std::vector<Task> tasks_;
     std::vector<double> partial_;  // three sums a chunk

@@ -52,8 +52,8 @@ MARS_INLINE void adamw(int n, const Weights<T>& k, const T* __restrict g, P* __r
                        S* __restrict v, T* __restrict vmax, T* __restrict x, uint32_t random = 0) {
     MARS_IVDEP
     for (int i = 0; i < n; ++i) {
-        const T gi = quiet<sizeof(S) == 2 || kKeep>(g[i]);
-        const T c = corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio);
+        const T gi = quiet<kKeep>(g[i]);
+        const T c = quiet<sizeof(S) == 2>(corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio));
         const T mi = first_moment(get<T>(m, i), c, k);
         const T vi = second_moment(get<T>(v, i), c, k);
         const T top = kMax ? larger(vmax[i], vi) : vi;
@@ -71,8 +71,9 @@ MARS_INLINE void lion(int n, const Weights<T>& k, const T* __restrict g, P* __re
                       T* __restrict x, uint32_t random = 0) {
     MARS_IVDEP
     for (int i = 0; i < n; ++i) {
-        const T gi = quiet<sizeof(S) == 2 || kKeep>(g[i]);
-        const T mi = first_moment(get<T>(m, i), corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio), k);
+        const T gi = quiet<kKeep>(g[i]);
+        const T c = quiet<sizeof(S) == 2>(corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio));
+        const T mi = first_moment(get<T>(m, i), c, k);
         put(m, i, mi, random);
         random += kGolden;
         if (kKeep) keep(prev, i, gi);

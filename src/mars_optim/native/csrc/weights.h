@@ -23,7 +23,7 @@ static void split(const float* __restrict x, int n, const uint32_t* __restrict r
         const uint32_t bits = bits_of(x[i]), nearest = bits_of(F::widen(rounded));
         // Both have the same sign bit. It can only be fp16's subnormals that do not fit.
         int32_t difference = int32_t(bits - nearest);
-        if (kDraw) difference = (difference + int32_t(random[i] & ((1u << kShift) - 1))) >> kShift;
+        if (kDraw) difference = (difference + int32_t((random[i] >> 16) & ((1u << kShift) - 1))) >> kShift;
         difference = difference > kLargest ? kLargest : difference;
         difference = difference < -kLargest - 1 ? -kLargest - 1 : difference;
         // A finite x that fp16 rounds to infinity has no remainder either.
@@ -64,7 +64,7 @@ static void store_narrow(const Call& call, const Record& r, int64_t start, int n
                          const uint32_t* random) {
     uint16_t* p = static_cast<uint16_t*>(r.x) + start;
     switch (call.rounding) {
-        case kStochastic: return draw_16<F>(x, n, random, 0, p);
+        case kStochastic: return draw_16<F>(x, n, random, 16, p);
         case kKahan: return compensate<F>(x, n, p, static_cast<uint16_t*>(r.extra) + start);
         case kRemainder16: return split<F>(x, n, random, p, static_cast<int16_t*>(r.extra) + start);
         case kRemainder8: return split<F>(x, n, random, p, static_cast<int8_t*>(r.extra) + start);
