@@ -482,6 +482,16 @@ def test_8_bit_codes_are_read_and_written_back_unchanged(library):
     np.testing.assert_allclose(t["x"].data[kept], want[kept], rtol=1e-6)
 
 
+@each_library
+@pytest.mark.parametrize("size", [1e-40, 1e37])
+def test_8_bit_codes_of_scales_near_the_ends_of_fp32(size, library):
+    x = f32(np.linspace(-10, 10, 128) * size)
+    codes, scales = q8_encode(x, True)
+    got = stored_m(x, Format.Q8, Flag(0), library)
+    assert np.abs(got.data.astype(int) - codes).max() <= 1  # halves between two codes
+    np.testing.assert_array_equal(got.scales, scales)
+
+
 def test_8_bit_error_is_bounded():
     x = f32(values(12800, 5))
     m = stored_m(x, Format.Q8)
