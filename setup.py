@@ -19,6 +19,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=off",
+    "-fno-wrapv",  # which Python's own flags ask for: loops over an int would be slower
     "-fvisibility=hidden",
     "-g0",
 ]

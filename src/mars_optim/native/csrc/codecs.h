@@ -36,8 +36,8 @@ static inline int32_t q8_code(float ratio, uint32_t random) {
     const float y = 127.0f * std::sqrt(ratio);
     if (!kDraw) return nearest_integer(y);
     const int32_t below = int32_t(y) < 126 ? int32_t(y) : 126;
-    const float low = float(below * below), high = float((below + 1) * (below + 1));
-    return below + goes_up(random, ratio * kQ8Top - low, high - low);
+    const float q = float(below);
+    return below + goes_up(random, ratio * kQ8Top - q * q, q + q + 1);
 }
 
 template <bool kDraw>
@@ -45,7 +45,7 @@ static inline int32_t q8_code_unsigned(float ratio, uint32_t random) {
     const float y = 255.0f * std::sqrt(std::sqrt(ratio));
     if (!kDraw) return nearest_integer(y);
     const int32_t below = int32_t(y) < 254 ? int32_t(y) : 254;
-    const float low = float(below * below), high = float((below + 1) * (below + 1));
+    const float q = float(below), low = q * q, high = (q + 1) * (q + 1);
     return below + goes_up(random, ratio * (kQ8TopUnsigned * kQ8TopUnsigned) - low * low, high * high - low * low);
 }
 

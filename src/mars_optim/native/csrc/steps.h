@@ -105,8 +105,9 @@ static void descend(int n, const Weights<T>& w, const T* __restrict direction, T
                         : function<false, false>(__VA_ARGS__))
 
 template <class T>
-static void step_block(const Call& call, const Record& r, const Operands& o, const Weights<T>& w, int64_t start,
+static void step_block(const Call& call, const Record& r, const Operands& o, const Weights<T>& weights, int64_t start,
                        int n) {
+    const Weights<T> w = weights;  // nobody else's memory, or loops would read it anew for each element
     T g_buffer[kBlock], prev_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock], x_buffer[kBlock];
     const bool one_buffer = call.flags & kOneBuffer;
     const T* g = view(o.g, start, n, g_buffer);
