@@ -574,6 +574,7 @@ MUTANTS = [
         "larger(v[i] - of_v, T(0))",
         (NATIVE, "narrow_state"),
     ),
+    mutant("native: v lost in its fp32 rounding", "0x1p-23 : 0x1p-52", "0x1p-60 : 0x1p-90", (NATIVE, "too_short")),
     mutant(
         "native: no history is some history",
         "m[i] == once_stored<kNarrow>(of_m, random[i]) && v[i]",

@@ -141,7 +141,8 @@ def test_a_run_learns_measures_and_continues_bit_for_bit(tmp_path: Path, tiny_vi
     summary = train(task, tiny_vision, straight, quiet=True)
     rows = [row for row in read_rows(straight.metrics) if "val_loss" in row]
     assert [row["step"] for row in rows] == [0, 10, 20, 30]
-    assert summary["val_accuracy"] == rows[-1]["val_accuracy"] > 0.5 > rows[0]["val_accuracy"]
+    # Chance is 0.1; six seeds end between 0.38 and 0.6, and processors differ.
+    assert summary["val_accuracy"] == rows[-1]["val_accuracy"] > 0.3 > rows[0]["val_accuracy"]
     assert 0 <= rows[-1]["train_accuracy"] <= 1
     assert summary["tokens"] == 600
     assert (straight.path / "loss.png").stat().st_size > 0

@@ -17,7 +17,7 @@ static_assert(kBlock % kQ8Block == 0, "a scale belongs to one block");
 
 }  // namespace mars
 
-#if defined(__SSE2__) || defined(_M_X64)
+#if (defined(__SSE2__) || defined(_M_X64)) && !defined(MARS_NO_STREAM)
 #define MARS_HAS_STREAM
 #include <emmintrin.h>
 #endif
