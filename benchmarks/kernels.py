@@ -22,7 +22,7 @@ from step import GPT2, gpt2_shapes
 from torch import Tensor
 
 from mars_lab.training.allocator import keep_freed_memory
-from mars_optim.backends.native_library import Call, Flag, Format, Library, Op, library_at, load, pack
+from mars_optim.backends.native_library import WINDOW, Call, Flag, Format, Library, Op, library_at, load, pack
 
 CLIP_NORM = 1.0
 FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16, torch.int8: Format.Q8, torch.uint8: Format.Q8}
@@ -62,6 +62,7 @@ class Tensors:
             return [torch.empty(math.prod(shape)).normal_(0, size, generator=generator) for shape in shapes]
 
         self.x, self.g = drawn(0.02), drawn(4e-5)
+        self.spares: list[Tensor] = []
         self.state: dict[str, dict[str, list[Tensor]]] = {
             "fp32": {"prev": drawn(4e-5), "m": drawn(1e-5), "v": [m.square() for m in drawn(4e-5)]}
         }
@@ -84,6 +85,22 @@ class Tensors:
                 self.state[precision] = codes | scales
         return self.state[precision]
 
+    def next_of(self, prev: list[Tensor]) -> list[int]:
+        """Return where bf16 goes that is not written over: to the place of a tensor of its size, as in `Spares`."""
+        places: list[int] = []
+        last: dict[int, int] = {}
+        for t in reversed(prev):
+            if t.dtype != torch.bfloat16 or t.numel() < WINDOW:
+                places.append(t.data_ptr())
+                continue
+            spare = last.get(t.numel())
+            if spare is None:
+                self.spares.append(torch.empty_like(t))
+                spare = self.spares[-1].data_ptr()
+            places.append(spare)
+            last[t.numel()] = t.data_ptr()
+        return places[::-1]
+
 
 def runner(kernel: Kernel, tensors: Tensors, library: Library) -> Callable[[], None]:
     """Return what runs `kernel` once over all tensors."""
@@ -99,11 +116,12 @@ def runner(kernel: Kernel, tensors: Tensors, library: Library) -> Callable[[], N
 
     absent = addresses("absent")
     prev = absent if measures else addresses("prev")
-    prev_scale, is_kept = addresses("prev_scale"), kernel.state == "fp32" or measures
+    prev_scale, takes_over = addresses("prev_scale"), kernel.state == "fp32" or measures
+    next_grads = absent if takes_over else array("Q", tensors.next_of(state["prev"]))
     norms = array("d", [g.norm().item() for g in tensors.g]) if kernel.usual else numbers(math.inf)
     columns = [
         *(array("Q", [t.numel() for t in tensors.x]), addresses("x"), absent, addresses("g"), prev, prev_scale),
-        *((absent, absent) if is_kept else (prev, prev_scale)),
+        *(next_grads, absent if takes_over else prev_scale),
         *(addresses("m"), addresses("m_scale"), addresses("v"), addresses("v_scale"), absent, absent, absent),
         array("Q", [i * 0x9E3779B97F4A7C15 % 2**64 for i in range(count)]),
         # a, b, ratio, we, wg, decay, step_size, inv_sqrt_bias2

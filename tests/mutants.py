@@ -557,11 +557,28 @@ MUTANTS = [
         "",
         (NATIVE, "norm_is_known"),
     ),
+    mutant("native: amended from what is gone", " && r.next != r.prev;", ";", (NATIVE, "gradient_goes")),
+    mutant("native: one line for all", "put_line(kept, next + i,", "put_line(kept, next,", (NATIVE, "gradient_goes")),
+    mutant("native: a line anywhere", "reinterpret_cast<uintptr_t>(next) % 16 == 0", "true", (NATIVE, "gradient_goes")),
     mutant(
-        "native: amended from what is gone", " && (!r.next || overwrites_prev(c, r));", ";", (MEMORY, "bound_finds")
+        "native: a clip that is nan",
+        "a(quiet<true>(T(clip * r.a))), b(quiet<true>(T(clip * r.b)))",
+        "a(T(clip * r.a)), b(T(clip * r.b))",
+        (NATIVE, "every_nan"),
     ),
-    mutant("native: the journal is not read", "record.prev = journal", "(void)journal", (NATIVE, "narrow_state")),
-    mutant("native: one half of the journal", "half[w] * halves[0]", "0", (NATIVE, "journals_of_many")),
+    mutant(
+        "a previous gradient at hand is written over",
+        "if is_held_here_alone(prev_grads, i)",
+        "if prev_grads",
+        (MEMORY, "at_hand"),
+    ),
+    mutant("spares without bound", "if room >= 0 and shape", "if shape", (MEMORY, "spare_memory")),
+    mutant(
+        "spares outlive the state",
+        "Completed(), {}, Spares()",
+        "Completed(), {}, self.spares",
+        (MEMORY, "spare_memory"),
+    ),
     mutant(
         "native: x not amended",
         "x[i] += adamw_step(was_0 ? of_m : m[i], was_0 ? of_v : v[i], k) - adamw_step(mi, vi, k);",

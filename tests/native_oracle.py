@@ -87,13 +87,14 @@ def q8_encode(x, signed: bool, r16=None) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Operand:
-    """An array in a storage format, away from aligned addresses, between guards."""
+    """An array in a storage format between guards, one element away from an aligned address unless `aligned`."""
 
-    def __init__(self, fmt: Format | None, values, *, signed: bool = True, dtype=None) -> None:
+    def __init__(self, fmt: Format | None, values, *, signed: bool = True, dtype=None, aligned: bool = False) -> None:
         self.format, n = fmt, len(values)
-        dtype = dtype or STORAGE.get(fmt, np.int8 if signed else np.uint8)
-        self.memory = np.full((n + 9) * np.dtype(dtype).itemsize, GUARD, np.uint8)
-        self.data = self.memory.view(dtype)[1 : 1 + n]
+        dtype = np.dtype(dtype or STORAGE.get(fmt, np.int8 if signed else np.uint8))
+        self.memory = np.full(n * dtype.itemsize + 192, GUARD, np.uint8)
+        self.start = 64 + -self.memory.ctypes.data % 64 + (0 if aligned else dtype.itemsize)
+        self.data = self.memory[self.start : self.start + n * dtype.itemsize].view(dtype)
         self.scale_memory = np.full(-(-n // 128) + 2, 1e9, np.float32)
         self.scales = self.scale_memory[1:-1]
         if fmt is None:
@@ -113,9 +114,8 @@ class Operand:
         return q8_decode(self.data, self.scales) if self.format == Format.Q8 else self.data
 
     def check_guards(self) -> None:
-        size = self.data.itemsize
-        assert (self.memory[:size] == GUARD).all()
-        assert (self.memory[size * (1 + len(self.data)) :] == GUARD).all()
+        assert (self.memory[: self.start] == GUARD).all()
+        assert (self.memory[self.start + self.data.nbytes :] == GUARD).all()
         assert self.scale_memory[0] == self.scale_memory[-1] == 1e9
 
 

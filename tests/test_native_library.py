@@ -78,12 +78,12 @@ SURPRISES = ["none", "longer", "far longer", "spike", "spike at the end", "spike
 
 
 def surprise(what: str, n: int, plain: Format = Format.F32, seed: int = 3, **formats: Any) -> tuple[dict, float]:
-    """A tensor's record with the norm of its previous gradient, and the clip norm; in bf16 g takes the place of g'."""
+    """A tensor's record with the norm of its previous gradient, and the clip norm; in bf16 g is kept beside g'."""
     t = operands(n, plain, seed=seed, **formats)
     history = Operand(t["v"].format, t["v"].values + t["m"].values ** 2, signed=False)  # of both moments
     t["v"].data[:] = history.data
     if t["prev"].format == Format.BF16:
-        t["next"] = t["prev"]
+        t["next"] = Operand(Format.BF16, np.zeros(n), aligned=True)
     g = t["g"].data
     if what == "longer":
         g *= 3
@@ -176,7 +176,8 @@ def test_narrow_state_is_amended_to_within_its_spacing(op, what, formats, n, lib
     want = step(op, before, clip_norm=clip_norm, **NUMBERS)
     run(op, [t], clip_norm=clip_norm, threads=2, flags=DRAWN, library=library)
     if "prev" in formats:
-        np.testing.assert_array_equal(t["prev"].values, bf16_value(bf16_nearest(before["g"])))
+        np.testing.assert_array_equal(t["next"].values, bf16_value(bf16_nearest(before["g"])))
+        np.testing.assert_array_equal(t["prev"].values, before["prev"])
     if what == "nan":
         assert np.isnan(t["m"].values[n // 3])
         assert np.isnan(t["x"].values).all()
@@ -222,42 +223,65 @@ def test_amended_moments_in_bf16_are_right_on_average(op):
         assert abs(bias.mean()) <= 4.5 / (n * draws) ** 0.5 + 1e-3  # of rounding in fp32
 
 
-def test_journals_of_many_tensors():
-    """More than two that take turns at the journal, each of several tasks, and small ones between them."""
-    sizes = [140_001, 1000, 200_000, 31, 300_001, 131_072, 5, 150_000]
+@pytest.mark.parametrize("n", [31, 70001])
+@pytest.mark.parametrize("what", ["none", "longer"])
+@pytest.mark.parametrize("op", [Op.ADAMW, Op.LION], ids=str)
+def test_where_the_next_previous_gradient_goes(op, what, n):
+    """To an aligned address, past the cache; to any other; over g', which is measured first then."""
+    results = {}
+    for place in ("aligned", "anywhere", "over"):
+        t, clip_norm = surprise(what, n, **NARROW[0])
+        t["next"] = {"anywhere": Operand(Format.BF16, np.zeros(n)), "over": t["prev"]}.get(place, t["next"])
+        before = {name: o.values.copy() for name, o in t.items() if isinstance(o, Operand)}
+        run(op, [t], clip_norm=clip_norm, flags=DRAWN)
+        results[place] = [t[name].data for name in ("x", "m", "v", "next")]
+        np.testing.assert_array_equal(t["next"].values, bf16_value(bf16_nearest(before["g"])))
+    assert_equal_bits(results["aligned"], results["anywhere"])
+    want = step(op, before, clip_norm=clip_norm, **NUMBERS)
+    off = np.abs(results["over"][0] - want["x"])
+    assert (off > 1e-5).sum() <= (n * 1e-3 if op == Op.LION else 0)  # a momentum near 0 may have either sign
+
+
+def test_next_previous_gradients_take_the_places_of_others():
+    """Each large tensor writes over the g' of the one that came before it, be it in the window before or long ago."""
+    sizes = [150_000, 150_000, 1000, 140_001, 31, 150_000, 131_072, 140_001, 5, 150_000]
     for what in ("none", "longer", "spike"):
-        together, alone, others = (
+        alone, together, others = (
             [surprise(what, n, seed=10 * i, **NARROW[0])[0] for i, n in enumerate(sizes)] for _ in range(3)
         )
-        for tensors in (together, alone, others):
-            tensors[3]["prev_norm"] = tensors[4]["prev_norm"] = np.inf  # known to nobody: these have no journal
-        known = [t["prev_norm"] for t in alone if t["prev_norm"] < np.inf]
-        options = {"clip_norm": 2.0 * max(known), "flags": DRAWN}
+        known = max(t["prev_norm"] for t in alone)
+        for tensors in (alone, together, others):
+            tensors[5]["prev_norm"] = np.inf  # known to nobody: c is measured first
+        wanted_next = [bf16_nearest(t["g"].values) for t in alone]
+        options = {"clip_norm": 2.0 * known, "flags": DRAWN}
         for t in alone:
             run(Op.ADAMW, [t], **options)
-        run(Op.ADAMW, together, **options)
-        run(Op.ADAMW, others, threads=3, **options)
-        for t, other, want in zip(together, others, alone, strict=True):
-            for name in ("x", "m", "v", "prev"):
-                np.testing.assert_array_equal(t[name].data, want[name].data)
-                np.testing.assert_array_equal(other[name].data, want[name].data)
+        for tensors, threads in ((together, 1), (others, 3)):
+            last: dict[int, Operand] = {}
+            for t in reversed(tensors):
+                n = len(t["g"].data)
+                if n >= native.WINDOW:
+                    t["next"] = last.get(n, t["next"])
+                    last[n] = t["prev"]
+            run(Op.ADAMW, tensors, threads=threads, **options)
+            for t, want, kept in zip(tensors, alone, wanted_next, strict=True):
+                for name in ("x", "m", "v"):
+                    np.testing.assert_array_equal(t[name].data, want[name].data)
+                np.testing.assert_array_equal(t["next"].data, kept)
 
 
-@pytest.mark.slow
-def test_a_tensor_too_large_for_a_journal_is_measured_first():
-    n, period = (1 << 26) + 1000, 1000  # `kJournal` and a little
-    t, clip_norm = surprise("longer", period, prev=Format.BF16)
-    want = step(Op.ADAMW, {k: t[k].values for k in ("x", "g", "m", "v", "prev")}, clip_norm=clip_norm, **NUMBERS)
-    large = {k: Operand(o.format, np.zeros(0)) for k, o in t.items() if isinstance(o, Operand)}
-    for name, operand in large.items():
-        operand.data = np.resize(t[name].data, n)
-    large["next"], scale = large["prev"], (n / period) ** 0.5
-    numbers = {**NUMBERS, "prev_norm": scale * t["prev_norm"]}
-    run(Op.ADAMW, [{**large, **numbers}], clip_norm=scale * clip_norm, flags=DRAWN, threads=2)
-    for name in ("x", "m", "v"):
-        rows = large[name].data[: n - n % period].reshape(-1, period)
-        assert (rows == rows[0]).all()
-        np.testing.assert_allclose(rows[0], want[name], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("n", [1000, 140_000])
+def test_what_is_read_later_is_not_written_over(n):
+    first, second = (surprise("none", n, seed=i, **NARROW[0])[0] for i in range(2))
+    if n < native.WINDOW:  # both are measured before any of them is updated
+        first["next"] = second["prev"]
+    else:
+        second["next"] = first["prev"]
+    before = [t[name].data.copy() for t in (first, second) for name in ("x", "m", "v", "prev", "next")]
+    with pytest.raises(RuntimeError, match="a `next` is a `prev` that is read later"):
+        run(Op.ADAMW, [first, second], clip_norm=1.0, flags=DRAWN)
+    after = [t[name].data for t in (first, second) for name in ("x", "m", "v", "prev", "next")]
+    assert_equal_bits(after, before)
 
 
 @pytest.mark.parametrize("spike", [1e6, 1e15])
@@ -658,7 +682,7 @@ def everything(n: int, library, threads: int) -> list[np.ndarray]:
             for what in SURPRISES:
                 t, clip_norm = surprise(what, n, **formats)
                 run(op, [t], library=library, threads=threads, clip_norm=clip_norm, flags=DRAWN)
-                results += [t[name].data.copy() for name in ("x", "m", "v", "prev")]
+                results += [t[name].data.copy() for name in ("x", "m", "v", "next") if name in t]
     return results
 
 
@@ -739,12 +763,17 @@ def test_many_small_tensors():
 
 @each_library
 def test_every_nan_stays_one_in_bf16_state(library):
+    """A clip by a norm that is nan makes nan of numbers, too."""
     for payload in (0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF):
-        t = operands(300, m=Format.BF16, v=Format.BF16, prev=Format.BF16)
-        t["g"].data[:] = from_bits(np.full(300, payload))
-        run(Op.ADAMW, [{**t, **NUMBERS, "next": t["prev"]}], flags=DRAWN, library=library)
-        for name in ("x", "m", "v", "prev"):
-            assert np.isnan(t[name].values).all()
+        for formats in NARROW[:2]:
+            for clip_norm in (0.0, 1.0):
+                t = {**surprise("none", 300, **formats)[0]}
+                t["next"] = t["prev"]
+                t["g"].data[: 7 if clip_norm else 300] = from_bits(np.uint32(payload))
+                run(Op.ADAMW, [t], flags=DRAWN, library=library, clip_norm=clip_norm)
+                for name in ("x", "m", "v"):
+                    assert np.isnan(t[name].values).all()
+                assert np.isnan(t["prev"].values[:7]).all()
 
 
 def test_infinite_and_nan_gradients_follow_ieee():

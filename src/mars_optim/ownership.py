@@ -1,4 +1,4 @@
-"""Whether a gradient's memory may become the previous gradient without a copy."""
+"""Who else holds a tensor's memory: whether a gradient may become the previous one without a copy."""
 # These parts of torch are not typed.
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false, reportUnknownArgumentType=false
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from sys import getrefcount
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,19 @@ def keep(grad: Tensor) -> Tensor | None:
         return torch._lazy_clone(grad)
     except RuntimeError:  # memory of another allocator: shared, pinned, numpy's
         return None
+
+
+def is_held_here_alone(tensors: Sequence[Any], i: int) -> bool:
+    """Whether nobody but this sequence holds its tensor, as a state dict would, or its memory, as a view would."""
+    storage = tensors[i].untyped_storage()
+    return _num_references(tensors, i) == _HELD_ONCE and torch._C._storage_Use_Count(storage._cdata) == _SOLE
+
+
+def _num_references(objects: Sequence[Any], i: int) -> int:
+    return getrefcount(objects[i])
+
+
+_HELD_ONCE = _num_references([object()], 0)
 
 
 def read_only_addresses(tensors: Sequence[Tensor]) -> array[int]:

@@ -17,6 +17,7 @@ from .members import Completed, Member, members_of
 from .offload import Lane
 from .ranks import Ranks
 from .sharding import Replicas, has_dtensor
+from .spares import Spares
 from .update import update_
 
 Groups = Sequence[dict[str, Any]]
@@ -26,7 +27,7 @@ class Steps:
     """Takes the steps of parameter groups.
 
     What it remembers can be found again at any time: which states are complete, how long the previous gradients are,
-    and the lanes of offloaded state.
+    the lanes of offloaded state, and spare memory.
 
     Args:
         replicas: the ranks that hold the same plain parameters.
@@ -39,10 +40,11 @@ class Steps:
         self._gathers = gathers
         self._completed = Completed()
         self._lanes: dict[torch.device, Lane] = {}
+        self.spares = Spares()
 
     def forget(self) -> None:
         """Call when the state has been replaced."""
-        self.norms, self._completed, self._lanes = {}, Completed(), {}
+        self.norms, self._completed, self._lanes, self.spares = {}, Completed(), {}, Spares()
 
     def synchronize(self) -> None:
         """Wait until offloaded state is what the last step left."""
@@ -71,8 +73,13 @@ class Steps:
         for group, of_group in zip(groups, members, strict=True):
             if of_group:
                 backend = backends.select(group)
-                made = offloaded if group["offload_state"] else resident
-                made += [(batch, backend) for batch in make_batches(of_group, group, self.norms, scaling)]
+                batches = [(batch, backend) for batch in make_batches(of_group, group, self.norms, scaling)]
+                if group["offload_state"]:
+                    offloaded += batches
+                else:
+                    resident += batches
+        for batch, backend in resident:
+            self.spares.rotate_(batch, backend)
         update_(resident, offloaded, self._lanes, self._ranks(groups))
         self.replicas.tell_(told)
 

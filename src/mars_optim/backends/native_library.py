@@ -22,6 +22,10 @@ Memory = int | bytearray | memoryview
 
 Q8_BLOCK = 128  # elements that share one scale
 
+# Of this many elements a tensor is measured by itself: then its `next` may be the `prev` of any that comes after it in
+# the call, which is worked through from the last record to the first.
+WINDOW = 1 << 17
+
 
 class Op(IntEnum):
     """What a call does; `csrc/steps.h` and `csrc/norms.h` have the equations."""
@@ -134,7 +138,7 @@ def pack(columns: Sequence[array[Any]]) -> bytearray:
 
 
 _MEANINGS = {
-    1: "the call's op, formats, rounding or sums do not go together",
+    1: "the call's op, formats, rounding or sums do not go together, or a `next` is a `prev` that is read later",
     2: "this CPU does not have that level of the instruction set",
     3: "out of memory",
 }

@@ -108,9 +108,7 @@ struct Kernels {
     // Whether what `advance` does to a tensor can be amended.
     bool (*can_advance)(const Call&, const Record&);
     // Measures g.g, and updates with clip = 1 while it is within the limit; returns how many elements it has updated.
-    // Where it overwrites g', in bf16, it leaves the old one in the journal, which has the tensor's places.
-    int32_t (*advance)(const Call&, const Record&, int64_t start, int64_t count, double limit, double* square,
-                       uint16_t* journal);
+    int32_t (*advance)(const Call&, const Record&, int64_t start, int64_t count, double limit, double* square);
     // After an update with clip = 1: makes it one with this clip.
     void (*amend)(const Call&, const Record&, int64_t start, int64_t count, double clip);
 };

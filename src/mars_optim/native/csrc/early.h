@@ -1,16 +1,14 @@
 // Updates before the norm is known, and what becomes of them where c has to be clipped in the end. Included once a level,
 // inside its namespace.
 
-// What an update needs can be had again: g stays, g' does or goes to the journal, and weights are stored as precisely as
-// they are computed.
+// What an update needs can be had again: g stays, so does g', and weights are stored as precisely as they are computed.
 template <class T>
 static bool can_advance(const Call& c, const Record& r) {
-    return is_direct<T>(c, r) && r.prev && T(r.b) != 0 && (!r.next || overwrites_prev(c, r));
+    return is_direct<T>(c, r) && r.prev && T(r.b) != 0 && r.next != r.prev;
 }
 
 template <class T>
-static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t count, double limit, double* square,
-                       uint16_t* journal) {
+static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t count, double limit, double* square) {
     const Operands operands(call, r);
     const Weights<T> weights(call, r, 1.0);
     const T* g = at<const T>(operands.g, start);
@@ -19,17 +17,14 @@ static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t
     double sum = bound_of_squares(g, length(0));
     int64_t tile = 0, done = 0;
     for (; tile < count && sum <= limit; tile += kTile) {
-        const Beside<T> beside{squares, journal ? journal + start + tile : nullptr};
-        step_tile(call, r, operands, weights, start + tile, length(tile), &beside);
+        step_tile(call, r, operands, weights, start + tile, length(tile), squares);
         done = tile + length(tile);
         if (done == count) break;
         const int to_come = length(done);
         sum += to_come == kTile ? bound_of_sum(squares, g + done, to_come) : bound_of_squares(g + done, to_come);
     }
     for (tile = done + kTile; tile < count; tile += kTile) sum += bound_of_squares(g + tile, length(tile));
-#ifdef MARS_HAS_STREAM
-    if (journal) _mm_sfence();
-#endif
+    settle_lines();
     *square = sum;
     return int32_t(done);
 }

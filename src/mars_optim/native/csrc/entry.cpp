@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <deque>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "abi.h"
@@ -20,7 +21,6 @@ static_assert(kChunk % kQ8Block == 0, "a scale belongs to one task");
 constexpr int64_t kWindow = 1 << 17;  // elements measured before they are updated: g and g' of these stay in the cache
 constexpr int64_t kSpan = 4;  // chunks a task: memory likes long runs
 constexpr double kUsual = 16;  // times its share of ||g'||^2: a chunk's part of ||g||^2 that is nothing special
-constexpr int64_t kJournal = 1 << 26;  // elements, in bf16, that a window may put aside: 128 MiB
 
 // What a tensor's clip factor takes: nothing, since a bound says 1; g alone, since the bound probably will; or all of c.
 // kOnce: g alone, and each chunk is updated right after it was measured, as if the bound would do. Where in the end it does
@@ -36,28 +36,7 @@ struct Task {
 // Tensors that are measured one after the other, before any of them is updated.
 struct Window {
     int64_t begin, end;
-    int64_t journal = 0;     // elements
-    Window* before = nullptr;  // had the same half of the journal
-    std::atomic<int64_t> unsettled{0};  // tasks
-
-    Window(int64_t first, int64_t last) : begin(first), end(last) {}
 };
-
-// This thread's memory for what a step may have to give back: the same pages at each step, since new ones cost more than they
-// save. Null where there is not enough.
-uint16_t* journal_of(int64_t elements) {
-    struct Free {
-        void operator()(uint16_t* p) const { ::operator delete(p, std::align_val_t(64)); }
-    };
-    thread_local std::unique_ptr<uint16_t, Free> memory;
-    thread_local int64_t size = 0;
-    if (elements > size) {
-        memory.reset();
-        memory.reset(static_cast<uint16_t*>(::operator new(size_t(elements) * 2, std::align_val_t(64), std::nothrow)));
-        size = memory ? elements : 0;
-    }
-    return memory.get();
-}
 
 // One call's tensors, tasks and what they find.
 class Plan {
@@ -66,8 +45,11 @@ public:
         : call_(call), records_(records), count_(count), kernels_(kernels), sums_(sums),
           measures_(call.op == kProducts || (call.op != kDescend && call.clip_norm > 0)),
           first_(size_t(count) + 1), reads_(size_t(count), measures_ ? Reads::kAll : Reads::kNothing),
-          window_(size_t(count)), journal_(size_t(count)) {
-        for (int64_t t = 0; t < count; ++t) first_[size_t(t) + 1] = first_[size_t(t)] + chunks_of(t);
+          window_(size_t(count)), reader_(size_t(count), -1), unfinished_(new std::atomic<int64_t>[size_t(count)]) {
+        for (int64_t t = 0; t < count; ++t) {
+            first_[size_t(t) + 1] = first_[size_t(t)] + chunks_of(t);
+            unfinished_[size_t(t)].store((chunks_of(t) + kSpan - 1) / kSpan, std::memory_order_relaxed);
+        }
         if (measures_) {
             partial_.resize(3 * size_t(first_.back()));
             clip_.resize(size_t(count), 1.0);
@@ -84,7 +66,7 @@ public:
             add_tasks(true, 0, count);
         } else {
             cut();
-            keep_journals();
+            find_readers();
             order();
         }
     }
@@ -107,65 +89,54 @@ private:
             elements += records_[t].n;
             window_[size_t(t)] = windows_.size();
             if (elements < kWindow && t > 0) continue;
-            windows_.emplace_back(t, end);
+            windows_.push_back({t, end});
             end = t;
             elements = 0;
         }
     }
 
-    // Windows that need a journal take turns at its two halves.
-    void keep_journals() {
-        Window* last[2] = {};
-        int64_t halves[2] = {};
-        std::vector<int> half(windows_.size());
-        int turn = 0;
-        for (size_t w = 0; w < windows_.size(); ++w) {
-            Window& window = windows_[w];
-            for (int64_t t = window.begin; t < window.end; ++t)
-                if (overwrites(t)) window.journal += places(t);
-            if (window.journal == 0 || window.journal > kJournal) continue;
-            halves[turn] = std::max(halves[turn], window.journal);
-            window.before = last[turn];
-            last[turn] = &window;
-            half[w] = turn;
-            turn = 1 - turn;
-        }
-        uint16_t* const memory = journal_of(halves[0] + halves[1]);
-        for (size_t w = 0; w < windows_.size(); ++w) {
-            const bool has_place = memory && windows_[w].journal <= kJournal;
-            int64_t place = half[w] * halves[0];
-            for (int64_t t = windows_[w].begin; t < windows_[w].end; ++t) {
-                if (!overwrites(t)) continue;
-                if (has_place) journal_[size_t(t)] = memory + place;
-                else reads_[size_t(t)] = Reads::kGradient;
-                place += places(t);
-            }
+    // Tensors whose g' others write over: they come in earlier windows.
+    void find_readers() {
+        std::vector<std::pair<const void*, int64_t>> readers;
+        for (int64_t t = 0; t < count_; ++t)
+            if (records_[t].prev) readers.emplace_back(records_[t].prev, t);
+        std::sort(readers.begin(), readers.end());
+        for (int64_t t = 0; t < count_; ++t) {
+            const void* next = records_[t].next;
+            if (!next || next == records_[t].prev) continue;
+            const auto found = std::lower_bound(readers.begin(), readers.end(), std::make_pair(next, int64_t(0)));
+            if (found == readers.end() || found->first != next) continue;
+            reader_[size_t(t)] = found->second;
+            if (window_[size_t(found->second)] >= window_[size_t(t)]) throw std::invalid_argument("next");
         }
     }
 
-    // Whether an update in time leaves nothing of g' where it was.
-    bool overwrites(int64_t t) const { return reads_[size_t(t)] == Reads::kOnce && records_[t].next; }
-
-    // Whole cache lines.
-    int64_t places(int64_t t) const { return (records_[t].n + 31) / 32 * 32; }
+    // Whether one of this window's tensors writes over what the window before has yet to read.
+    bool follows(size_t window) const {
+        for (int64_t t = windows_[window].begin; t < windows_[window].end; ++t)
+            if (reader_[size_t(t)] >= 0 && window_[size_t(reader_[size_t(t)])] + 1 == window) return true;
+        return false;
+    }
 
     // Of each window all tensors are measured, then updated from the last chunk to the first, since the last is the one
     // that the cache still holds. What tensors that are updated as they are measured have left to do comes one window
-    // later, when nobody has to wait for a norm.
+    // later, when nobody has to wait for a norm, unless that window has to wait for them.
     void order() {
         tasks_.reserve(size_t(first_.back()) * (measures_ ? 2 : 1));
         for (size_t w = 0; w <= windows_.size(); ++w) {
-            if (w < windows_.size()) {
+            const bool is_one = w < windows_.size(), waits = is_one && follows(w);
+            if (waits) settle_window(w - 1);
+            if (is_one) {
                 add_tasks(true, windows_[w].begin, windows_[w].end);
                 add_tasks(false, windows_[w].begin, windows_[w].end);
             }
-            if (w == 0) continue;
-            Window& before = windows_[w - 1];
-            const size_t size = tasks_.size();
-            for (int64_t t = before.begin; t < before.end; ++t)
-                if (reads_[size_t(t)] == Reads::kOnce) add_chunks(false, t);
-            before.unsettled.store(int64_t(tasks_.size() - size), std::memory_order_relaxed);
+            if (w > 0 && !waits) settle_window(w - 1);
         }
+    }
+
+    void settle_window(size_t w) {
+        for (int64_t t = windows_[w].begin; t < windows_[w].end; ++t)
+            if (reads_[size_t(t)] == Reads::kOnce) add_chunks(false, t);
     }
 
     // Measures tensors from the first chunk to the last, updates them from the last to the first.
@@ -185,40 +156,35 @@ private:
     void work() {
         for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) {
             const Task& task = tasks_[i];
+            await_reader(task.tensor);
             if (task.measures) {
                 for (int64_t c = task.begin; c < task.end; ++c) measure(task.tensor, c);
-            } else if (reads_[size_t(task.tensor)] == Reads::kOnce) {
+                continue;
+            }
+            if (reads_[size_t(task.tensor)] == Reads::kOnce) {
                 for (int64_t c = task.begin; c < task.end; ++c) settle(task.tensor, c, clip(task.tensor));
-                windows_[window_[size_t(task.tensor)]].unsettled.fetch_sub(1, std::memory_order_acq_rel);
             } else {
                 const Record& record = records_[task.tensor];
                 const int64_t start = task.begin * kChunk, length = std::min(task.end * kChunk, record.n) - start;
                 kernels_.update(call_, record, start, length, clip(task.tensor));
             }
+            unfinished_[size_t(task.tensor)].fetch_sub(1, std::memory_order_acq_rel);
         }
+    }
+
+    // Waits, seldom, until nobody needs any more what this tensor writes over. All that takes comes before this task.
+    void await_reader(int64_t t) {
+        const int64_t reader = reader_[size_t(t)];
+        if (reader < 0) return;
+        while (unfinished_[size_t(reader)].load(std::memory_order_acquire) > 0) std::this_thread::yield();
     }
 
     // Mends what `advance` did too soon, and does what it has put off.
     void settle(int64_t t, int64_t chunk, double clip) {
         const Record& record = records_[t];
         const int64_t start = chunk * kChunk, length = std::min(kChunk, record.n - start), done = num_updated(t, chunk);
-        if (clip != 1) kernels_.amend(call_, as_it_was(t), start, done, clip);
+        if (clip != 1) kernels_.amend(call_, record, start, done, clip);
         kernels_.update(call_, record, start + done, length - done, clip);
-    }
-
-    // The record of what `advance` has been through, with g' where it is now.
-    Record as_it_was(int64_t t) const {
-        Record record = records_[t];
-        if (const uint16_t* journal = journal_[size_t(t)]) record.prev = journal;
-        return record;
-    }
-
-    // What this tensor will write over must not be needed any more: seldom a wait.
-    uint16_t* journal(int64_t t) {
-        if (journal_[size_t(t)])
-            if (const Window* before = windows_[window_[size_t(t)]].before)
-                while (before->unsettled.load(std::memory_order_acquire)) std::this_thread::yield();
-        return journal_[size_t(t)];
     }
 
     int32_t& num_updated(int64_t t, int64_t chunk) { return num_updated_[size_t(first_[size_t(t)] + chunk)]; }
@@ -230,7 +196,7 @@ private:
         if (reads_[size_t(t)] == Reads::kAll) kernels_.measure(call_, record, start, length, chunk_sums);
         if (reads_[size_t(t)] == Reads::kOnce) {
             const double usual = kUsual * double(length) / double(record.n) * record.prev_norm * record.prev_norm;
-            num_updated(t, chunk) = kernels_.advance(call_, record, start, length, usual, chunk_sums + 1, journal(t));
+            num_updated(t, chunk) = kernels_.advance(call_, record, start, length, usual, chunk_sums + 1);
         } else if (call_.op != kProducts) {
             chunk_sums[1] = squares_of_g(record, start, length);
         }
@@ -280,13 +246,10 @@ private:
     }
 
     double norm_of_c(int64_t t) {
-        const Record &now = records_[t], before = as_it_was(t);
+        const Record& record = records_[t];
         double total = 0, sums[3];
-        for (int64_t chunk = 0; chunk < chunks_of(t); ++chunk) {
-            const int64_t start = chunk * kChunk, length = std::min(kChunk, now.n - start), done = num_updated(t, chunk);
-            kernels_.measure(call_, before, start, done, sums);
-            total += sums[0];
-            kernels_.measure(call_, now, start + done, length - done, sums);
+        for (int64_t start = 0; start < record.n; start += kChunk) {
+            kernels_.measure(call_, record, start, std::min(kChunk, record.n - start), sums);
             total += sums[0];
         }
         return std::sqrt(total);
@@ -309,9 +272,10 @@ private:
     const bool measures_;
     std::vector<int64_t> first_;  // each tensor's first chunk, counted over all tensors
     std::vector<Reads> reads_;
-    std::deque<Window> windows_;
+    std::vector<Window> windows_;
     std::vector<size_t> window_;  // of each tensor
-    std::vector<uint16_t*> journal_;  // of each tensor: what g' was, where it was overwritten
+    std::vector<int64_t> reader_;  // of each tensor: whose g' it writes over; -1: nobody else's
+    std::unique_ptr<std::atomic<int64_t>[]> unfinished_;  // of each tensor: tasks that update it
     std::vector<Task> tasks_;
     std::vector<double> partial_;  // three sums a chunk
     std::vector<double> clip_;
@@ -355,6 +319,8 @@ MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Re
     if (!kernels) return kBadIsa;
     try {
         Plan(*call, records, count, *kernels, sums).run();
+    } catch (const std::invalid_argument&) {
+        return kBadCall;
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }

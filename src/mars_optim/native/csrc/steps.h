@@ -1,13 +1,13 @@
 // The step, a block of elements at a time: for any formats, since what is not stored as T passes through buffers. Included
 // once a level, inside its namespace.
 
-// A call's and a record's numbers in the arithmetic's type. a and b have the clip factor in them.
+// A call's and a record's numbers in the arithmetic's type. a and b have the clip factor in them, which may be any nan.
 template <class T>
 struct Weights {
     T a, b, ratio, beta1, rest1, beta2, rest2, eps, we, wg, decay, step_size, inv_sqrt_bias2;
 
     Weights(const Call& call, const Record& r, double clip)
-        : a(T(clip * r.a)), b(T(clip * r.b)), ratio(T(r.ratio)), beta1(T(call.beta1)), rest1(T(1 - call.beta1)),
+        : a(quiet<true>(T(clip * r.a))), b(quiet<true>(T(clip * r.b))), ratio(T(r.ratio)), beta1(T(call.beta1)), rest1(T(1 - call.beta1)),
           beta2(T(call.beta2)), rest2(T(1 - call.beta2)), eps(T(call.eps)), we(T(r.we)), wg(T(r.wg)),
           decay(T(r.decay)), step_size(T(r.step_size)), inv_sqrt_bias2(T(r.inv_sqrt_bias2)) {}
 };
@@ -35,9 +35,9 @@ static inline T adamw_step(T m, T v, const Weights<T>& k) {
 }
 
 template <class T>
-static inline void keep(T* prev, int i, T g) { prev[i] = g; }
-static inline void keep(uint16_t* prev, int i, float g) {
-    prev[i] = Bf16::round_quiet(g, 0x7fff + ((bits_of(g) >> 16) & 1));
+static inline void keep(T* next, int i, T g) { next[i] = g; }
+static inline void keep(uint16_t* next, int i, float g) {
+    next[i] = Bf16::round_quiet(g, 0x7fff + ((bits_of(g) >> 16) & 1));
 }
 
 template <class T>
@@ -45,15 +45,15 @@ static inline T larger(T x, T y) {
     return x >= y || x != x ? x : y;  // nan if either is
 }
 
-// Moments are stored as S, drawn if that is bf16, and the previous gradient as P. kKeep: g takes the place of g'. No two
-// of the arrays overlap.
+// Moments are stored as S, drawn if that is bf16, and the previous gradient as P. kKeep: g is stored like it in `next`, and
+// a nan of either has room for random bits. No two of the arrays overlap.
 template <bool kPrev, bool kMax, bool kKeep = false, class T, class P, class S>
-MARS_INLINE void adamw(int n, const Weights<T>& k, const T* __restrict g, P* __restrict prev, S* __restrict m,
-                       S* __restrict v, T* __restrict vmax, T* __restrict x, uint32_t random = 0) {
+MARS_INLINE void adamw(int n, const Weights<T>& k, const T* __restrict g, const P* __restrict prev, P* __restrict next,
+                       S* __restrict m, S* __restrict v, T* __restrict vmax, T* __restrict x, uint32_t random = 0) {
     MARS_IVDEP
     for (int i = 0; i < n; ++i) {
         const T gi = quiet<kKeep>(g[i]);
-        const T c = quiet<sizeof(S) == 2>(corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio));
+        const T c = quiet<sizeof(S) == 2 && !kKeep>(corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio));
         const T mi = first_moment(get<T>(m, i), c, k);
         const T vi = second_moment(get<T>(v, i), c, k);
         const T top = kMax ? larger(vmax[i], vi) : vi;
@@ -61,22 +61,22 @@ MARS_INLINE void adamw(int n, const Weights<T>& k, const T* __restrict g, P* __r
         put(v, i, vi, random >> 16);
         random += kGolden;
         if (kMax) vmax[i] = top;
-        if (kKeep) keep(prev, i, gi);
+        if (kKeep) keep(next, i, gi);
         x[i] = fused(k.decay, x[i], -adamw_step(mi, top, k));
     }
 }
 
 template <bool kPrev, bool kOne, bool kKeep = false, class T, class P, class S>
-MARS_INLINE void lion(int n, const Weights<T>& k, const T* __restrict g, P* __restrict prev, S* __restrict m,
-                      T* __restrict x, uint32_t random = 0) {
+MARS_INLINE void lion(int n, const Weights<T>& k, const T* __restrict g, const P* __restrict prev, P* __restrict next,
+                      S* __restrict m, T* __restrict x, uint32_t random = 0) {
     MARS_IVDEP
     for (int i = 0; i < n; ++i) {
         const T gi = quiet<kKeep>(g[i]);
-        const T c = quiet<sizeof(S) == 2>(corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio));
+        const T c = quiet<sizeof(S) == 2 && !kKeep>(corrected<kPrev>(gi, prev, i, k.a, k.b, k.ratio));
         const T mi = first_moment(get<T>(m, i), c, k);
         put(m, i, mi, random);
         random += kGolden;
-        if (kKeep) keep(prev, i, gi);
+        if (kKeep) keep(next, i, gi);
         x[i] = k.decay * x[i] - signed_step(k.step_size, kOne ? fused(k.we, mi, k.wg * gi) : mi);
     }
 }
@@ -111,6 +111,7 @@ static void step_block(const Call& call, const Record& r, const Operands& o, con
     T g_buffer[kBlock], prev_buffer[kBlock], m_buffer[kBlock], out_buffer[kBlock], x_buffer[kBlock];
     const bool one_buffer = call.flags & kOneBuffer;
     const T* g = view(o.g, start, n, g_buffer);
+    T* const no_next = nullptr;
     T* prev = w.b == 0 ? nullptr : view(o.prev, start, n, prev_buffer);
     T* m = view(o.m, start, n, m_buffer);
     uint32_t random[kBlock];
@@ -127,11 +128,11 @@ static void step_block(const Call& call, const Record& r, const Operands& o, con
             T* v = view(o.v, start, n, v_buffer);
             const bool amsgrad = call.flags & kAmsgrad;
             T* vmax = amsgrad ? view(o.vmax, start, n, vmax_buffer) : nullptr;
-            MARS_DISPATCH(adamw, prev, amsgrad, n, w, g, prev, m, v, vmax, x);
+            MARS_DISPATCH(adamw, prev, amsgrad, n, w, g, prev, no_next, m, v, vmax, x);
             put_back(o.v, start, n, v, call.flags & kStochasticV ? random : nullptr, 16);
             if (amsgrad) put_back(o.vmax, start, n, vmax);
         } else {
-            MARS_DISPATCH(lion, prev, one_buffer, n, w, g, prev, m, x);
+            MARS_DISPATCH(lion, prev, one_buffer, n, w, g, prev, no_next, m, x);
         }
         store_x(call, r, start, n, x);
     }

@@ -11,35 +11,39 @@ static inline void ask(const P* line) {
     for (int i = 0; i < kLine * int(sizeof(P)); i += 64) MARS_PREFETCH(address + i);
 }
 
-// Copies a line past the cache: nobody will read it but in the rare case.
-static inline void put_aside(const uint16_t* in, uint16_t* out) {
+// Stores a line; past the cache where it is nothing that the step has read, for nobody will read it before the next.
+static inline void put_line(const uint16_t* line, uint16_t* out, bool past_cache) {
 #ifdef MARS_HAS_STREAM
-    for (int i = 0; i < kLine; i += 8) {
-        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    for (int i = 0; past_cache && i < kLine; i += 8) {
+        const __m128i eight = _mm_load_si128(reinterpret_cast<const __m128i*>(line + i));
         _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), eight);
     }
-#else
-    std::memcpy(out, in, kLine * sizeof(uint16_t));
+    if (past_cache) return;
+#endif
+    (void)past_cache;
+    std::memcpy(out, line, kLine * sizeof(uint16_t));
+}
+template <class T>
+static inline void put_line(const T* line, T* out, bool) { std::memcpy(out, line, kLine * sizeof(T)); }
+
+// Of what was stored past the cache, everything is there for other threads.
+static inline void settle_lines() {
+#ifdef MARS_HAS_STREAM
+    _mm_sfence();
 #endif
 }
-static inline void put_aside(const float*, uint16_t*) {}  // is not overwritten
-static inline void put_aside(const double*, uint16_t*) {}
 
-// What a step does beside being taken, before it is known whether c has to be clipped.
-template <class T>
-struct Beside {
-    T* squares;         // kLine sums of g.g over the tile to come, if there is one
-    uint16_t* journal;  // where g' goes before it is overwritten
-};
-
-// The step where the moments and g' are, stored as S and P. Operands are asked for line by line, so that memory has
-// something to do all the time. The tile to come lies `ahead`; there may be none, then that is 0.
+// The step where the moments, g' and the next g' are, stored as S and P. Operands are asked for line by line, so that
+// memory has something to do all the time. kBeside: `squares` gets kLine sums of g.g over the tile to come, which lies
+// `ahead`; there may be none, then that is 0.
 template <bool kIsAdamw, bool kPrev, bool kOne, bool kKeep, bool kBeside, class T, class P, class S>
-static void walk(int n, int64_t ahead, const Weights<T>& w, const T* g, P* prev, S* m, S* v, T* x, uint32_t random,
-                 const Beside<T>& beside) {
+static void walk(int n, int64_t ahead, const Weights<T>& w, const T* g, const P* prev, P* next, S* m, S* v, T* x,
+                 uint32_t random, T* squares) {
     const Weights<T> k = w;
+    const bool past_cache = kKeep && next != prev && reinterpret_cast<uintptr_t>(next) % 16 == 0;
     T* const no_vmax = nullptr;
-    T squares[kLine] = {};
+    alignas(64) P kept[kLine];
+    T sums[kLine] = {};
     int i = 0;
     for (; i + kLine <= n; i += kLine, random += kLine * kGolden) {
         ask(kBeside ? g + i + ahead : g + i);
@@ -48,37 +52,34 @@ static void walk(int n, int64_t ahead, const Weights<T>& w, const T* g, P* prev,
         if (kIsAdamw) ask(v + i);
         if (kPrev) ask(prev + i);
         if (kBeside)
-            for (int j = 0; j < kLine; ++j) squares[j] = fused(g[i + ahead + j], g[i + ahead + j], squares[j]);
-        if (kBeside && kKeep) put_aside(prev + i, beside.journal + i);
-        P* const before = kPrev ? prev + i : prev;
-        if (kIsAdamw) adamw<kPrev, false, kKeep>(kLine, k, g + i, before, m + i, v + i, no_vmax, x + i, random);
-        else lion<kPrev, kOne, kKeep>(kLine, k, g + i, before, m + i, x + i, random);
+            for (int j = 0; j < kLine; ++j) sums[j] = fused(g[i + ahead + j], g[i + ahead + j], sums[j]);
+        const P* const before = kPrev ? prev + i : prev;
+        if (kIsAdamw) adamw<kPrev, false, kKeep>(kLine, k, g + i, before, kept, m + i, v + i, no_vmax, x + i, random);
+        else lion<kPrev, kOne, kKeep>(kLine, k, g + i, before, kept, m + i, x + i, random);
+        if (kKeep) put_line(kept, next + i, past_cache);
     }
-    P* const before = kPrev ? prev + i : prev;
-    if (kBeside && kKeep) std::memcpy(beside.journal + i, before, size_t(n - i) * sizeof(uint16_t));
-    if (kIsAdamw) adamw<kPrev, false, kKeep>(n - i, k, g + i, before, m + i, v + i, no_vmax, x + i, random);
-    else lion<kPrev, kOne, kKeep>(n - i, k, g + i, before, m + i, x + i, random);
-    if (kBeside) std::memcpy(beside.squares, squares, sizeof squares);
+    const P* const before = kPrev ? prev + i : prev;
+    if (kIsAdamw) adamw<kPrev, false, kKeep>(n - i, k, g + i, before, kept, m + i, v + i, no_vmax, x + i, random);
+    else lion<kPrev, kOne, kKeep>(n - i, k, g + i, before, kept, m + i, x + i, random);
+    if (kKeep) std::memcpy(next + i, kept, size_t(n - i) * sizeof(P));
+    if (kBeside) std::memcpy(squares, sums, sizeof sums);
 }
 
-// Whether g takes the place of g' as the step is taken.
-static inline bool overwrites_prev(const Call& c, const Record& r) {
-    return r.next && r.next == r.prev && c.prev_format == kBF16;
-}
+// Whether g is kept as the step is taken, not after it.
+static inline bool keeps_within(const Call& c, const Record& r) { return r.next && r.prev && c.prev_format == kBF16; }
 
 // The instance of `walk` for a call and a record.
 template <class T, class P, class S>
-static void walk_as(const Call& c, const Record& r, int n, int64_t ahead, const Weights<T>& w, const T* g, P* prev, S* m,
-                    S* v, T* x, uint32_t random, const Beside<T>* beside) {
-    const bool is_adamw = c.op == kAdamw, keeps = w.b != 0 && overwrites_prev(c, r);
+static void walk_as(const Call& c, const Record& r, int n, int64_t ahead, const Weights<T>& w, const T* g, const P* prev,
+                    P* next, S* m, S* v, T* x, uint32_t random, T* squares) {
+    const bool is_adamw = c.op == kAdamw, keeps = w.b != 0 && keeps_within(c, r);
     const bool has_prev = w.b != 0 && prev, is_one = c.flags & kOneBuffer;
     constexpr bool kMayKeep = sizeof(P) == sizeof(uint16_t);
-    const Beside<T> nothing{};
 #define MARS_WALK(kPrev, kOne, kKeep, kBeside) \
-    (is_adamw ? walk<true, kPrev, false, kKeep, kBeside>(n, ahead, w, g, prev, m, v, x, random, kBeside ? *beside : nothing) \
-              : walk<false, kPrev, kOne, kKeep, kBeside>(n, ahead, w, g, prev, m, v, x, random, kBeside ? *beside : nothing))
+    (is_adamw ? walk<true, kPrev, false, kKeep, kBeside>(n, ahead, w, g, prev, next, m, v, x, random, squares) \
+              : walk<false, kPrev, kOne, kKeep, kBeside>(n, ahead, w, g, prev, next, m, v, x, random, squares))
     if (!has_prev) return is_one ? MARS_WALK(false, true, false, false) : MARS_WALK(false, false, false, false);
-    if (beside) return keeps ? MARS_WALK(true, false, kMayKeep, true) : MARS_WALK(true, false, false, true);
+    if (squares) return keeps ? MARS_WALK(true, false, kMayKeep, true) : MARS_WALK(true, false, false, true);
     return keeps ? MARS_WALK(true, false, kMayKeep, false) : MARS_WALK(true, false, false, false);
 #undef MARS_WALK
 }
@@ -104,13 +105,15 @@ static inline bool is_direct(const Call& c, const Record& r) {
 
 template <class T>
 static void walk_block(const Call& call, const Record& r, const Operands& o, const Weights<T>& w, int64_t start, int n,
-                       int64_t ahead, const Beside<T>* beside) {
+                       int64_t ahead, T* squares) {
     T g_buffer[kBlock], x_buffer[kBlock];
     const T* g = view(o.g, start, n, g_buffer);
     T* x = load_x(call, r, start, n, x_buffer);
     const uint32_t random = start_of(uint32_t(r.key)) + uint32_t(start) * kGolden;
     const auto walk_from = [&](auto* prev, auto* m, auto* v) {
-        walk_as(call, r, n, ahead, w, g, prev ? prev + start : prev, m + start, v ? v + start : v, x, random, beside);
+        auto* next = static_cast<decltype(prev)>(r.next);
+        walk_as(call, r, n, ahead, w, g, prev ? prev + start : prev, next ? next + start : next, m + start,
+                v ? v + start : v, x, random, squares);
     };
     const auto walk_over = [&](auto* m) {
         auto* v = static_cast<decltype(m)>(r.v);
@@ -121,7 +124,7 @@ static void walk_block(const Call& call, const Record& r, const Operands& o, con
     if (sizeof(T) == sizeof(float) && call.m_format == kBF16) walk_over(static_cast<uint16_t*>(r.m));
     else walk_over(static_cast<T*>(r.m));
     store_x(call, r, start, n, x);
-    if (o.next.data && !(w.b != 0 && overwrites_prev(call, r))) encode(o.next, start, n, g);
+    if (o.next.data && !(w.b != 0 && keeps_within(call, r))) encode(o.next, start, n, g);
 }
 
 static inline void prefetch_step(const Operands& o, int64_t start) {
@@ -136,14 +139,14 @@ static inline void prefetch_step(const Operands& o, int64_t start) {
 // At most a tile.
 template <class T>
 static inline void step_tile(const Call& call, const Record& r, const Operands& o, const Weights<T>& w, int64_t start,
-                             int n, const Beside<T>* beside = nullptr) {
+                             int n, T* squares = nullptr) {
     const bool direct = is_direct<T>(call, r);
-    if (direct) return walk_block(call, r, o, w, start, n, r.n - start >= 2 * kTile ? kTile : 0, beside);
+    if (direct) return walk_block(call, r, o, w, start, n, r.n - start >= 2 * kTile ? kTile : 0, squares);
     for (int64_t i = start; i < start + n; i += kBlock) {
         const int length = int(start + n - i < kBlock ? start + n - i : kBlock);
         if (r.n - i >= kTile + kBlock) prefetch_step(o, i + kTile);
         if (call.op == kDescend) descend_block(call, r, o, w, i, length);
-        else if (is_in_place<T>(call, r)) walk_block(call, r, o, w, i, length, 0, beside);
+        else if (is_in_place<T>(call, r)) walk_block(call, r, o, w, i, length, 0, squares);
         else step_block(call, r, o, w, i, length);
     }
 }
@@ -154,4 +157,5 @@ static void update(const Call& call, const Record& r, int64_t start, int64_t cou
     const Weights<T> weights(call, r, clip);
     for (int64_t i = 0; i < count; i += kTile)
         step_tile(call, r, operands, weights, start + i, int(count - i < kTile ? count - i : kTile));
+    settle_lines();
 }
