@@ -98,8 +98,8 @@ MUTANTS = [
     ),
     mutant(
         "memory that numpy holds is kept",
-        "torch._C._storage_Use_Count(storage._cdata) == _SOLE",
-        "True",
+        "torch._C._storage_Use_Count(storage._cdata) == _SOLE and grad",
+        "grad",
         (MEMORY, "others_hold"),
     ),
     mutant(
