@@ -600,8 +600,8 @@ MUTANTS = [
     ),
     mutant(
         "native: c_t kept",
-        "vmax[i] = top;\n        if (kKeep) keep(prev, i, gi);",
-        "vmax[i] = top;\n        if (kKeep) keep(prev, i, c);",
+        "vmax[i] = top;\n        if (kKeep) keep(next, i, gi);",
+        "vmax[i] = top;\n        if (kKeep) keep(next, i, c);",
         (NATIVE, "test_"),
     ),
     mutant("native: one draw for m and v", "put(v, i, vi, random >> 16)", "put(v, i, vi, random)", (NATIVE, "test_")),
