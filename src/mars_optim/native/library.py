@@ -13,7 +13,7 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _NAME = "_native.dll" if sys.platform == "win32" else "_native.so"
 

@@ -12,7 +12,7 @@
 
 namespace mars {
 
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 constexpr int kQ8Block = 128;  // elements that share one scale
 
 enum Op : int32_t { kProducts, kAdamw, kLion, kMomentum, kDescend, kNumOps };
@@ -43,7 +43,8 @@ struct Call {
     double clip_norm;  // <= 0: no clipping by the norm of c
 };
 
-// One tensor: 26 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone.
+// One tensor: 26 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone. `next` may be the record's
+// own `prev`, memory of its own, or the `prev` of a record further on in the call, which is worked through from the end.
 struct Record {
     int64_t n;
     void* x;
