@@ -442,7 +442,7 @@ MUTANTS = [
         "clip of each shard by itself",
         "return backend.measures_clip and not batch.is_sharded",
         "return backend.measures_clip",
-        "2 fsdp adamw train",
+        "2 fsdp adamw train max_grad_norm=None",
     ),
     sharded("polar factors of shards", "if batch.spread is not None and prec", "if False and prec", "2 fsdp m train"),
     sharded("no update scale for shards", "job.direction[within(shared, mine)] *= scale", "pass", "2 fsdp m train"),
@@ -472,11 +472,11 @@ MUTANTS = [
         "Shielded(whole if",
         "4 alone",
     ),
-    sharded(
-        "previous gradients of shards",
+    mutant(
+        "the momentum as previous gradient",
         'return state["prev_grad"], state.get',
         'return state["exp_avg"], state.get',
-        "2 fsdp lion train",
+        (TRAJECTORIES, "lion"),
     ),
     mutant(
         "the smallest first",
@@ -559,7 +559,6 @@ MUTANTS = [
     ),
     mutant("native: amended from what is gone", " && r.next != r.prev;", ";", (NATIVE, "gradient_goes")),
     mutant("native: one line for all", "put_line(kept, next + i,", "put_line(kept, next,", (NATIVE, "gradient_goes")),
-    mutant("native: a line anywhere", "reinterpret_cast<uintptr_t>(next) % 16 == 0", "true", (NATIVE, "gradient_goes")),
     mutant(
         "native: a clip that is nan",
         "a(quiet<true>(T(clip * r.a))), b(quiet<true>(T(clip * r.b)))",

@@ -22,6 +22,9 @@ def _cases() -> list[Case]:
     for layout in ("ddp", "fsdp", "fsdp 2 x tp 2"):
         cases.append(Case(layout, "m", 4, {"gather_matrices": True}))
         cases.append(Case(layout, "m", 4, {"clip_norm": None, "fused": False}))
+    # Without a global norm to be measured anyway, the clip of each tensor has to ask for its own.
+    cases += [Case(layout, t, 2, {"max_grad_norm": None}) for layout in ("ddp", "fsdp") for t in ("adamw", "m")]
+    cases.append(Case("fsdp 2 x tp 2", "adamw", 4, {"max_grad_norm": None}))
     # Whoever owns a parameter keeps its gradient's memory, and must tell the others of it all the same.
     cases += [Case("ddp + sharded state", t, 2, {"donate_grads": True}) for t in ("adamw", "m")]
     for layout in ("ddp + sharded state", "hsdp 2x2"):

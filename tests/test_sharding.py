@@ -7,7 +7,7 @@ import os
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mars_optim.costs import TensorSpec, sharded_step
@@ -27,6 +27,7 @@ def test_many_processes_give_the_numbers_of_one(world: int) -> None:
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=9), st.integers(1, 4))
+@example([1.0, 1.0, 2.0], 2)
 def test_nobody_works_much_longer_than_needed(works: list[float], num_slots: int) -> None:
     def longest(slots: tuple[int, ...] | list[int]) -> float:
         return max(sum(w for w, s in zip(works, slots, strict=True) if s == slot) for slot in range(num_slots))
