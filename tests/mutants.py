@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import torch._dynamo
 ROOT = Path(__file__).resolve().parent.parent
 NUM_WORKERS = 2
 BROKEN = 99
+PATIENCE = 600  # seconds, three times what the longest tests take: some wait for each other for ever
 
 TRAJECTORIES = "test_trajectories.py"
 IDENTITIES = "test_identities.py"
@@ -690,6 +692,7 @@ def break_it(source: Path, mutated: Mutant) -> str:
 
 def run_tests(source: Path, mutated: Mutant, rebuild: bool) -> None:
     """In a child process: the tests against the copy in `source`; the exit code is pytest's, or BROKEN."""
+    os.setsid()  # with the processes it starts
     exit_code = BROKEN
     try:
         os.chdir(ROOT)
@@ -745,6 +748,7 @@ def run_all(mutants: list[Mutant], directory: Path) -> int:
     fork = multiprocessing.get_context("fork")
     waiting = list(enumerate(mutants))
     running: dict[int, tuple[Mutant, str, BaseProcess, float]] = {}  # by the process's sentinel
+    hung: set[int] = set()
     num_unexpected = 0
     while waiting or running:
         while waiting and len(running) < NUM_WORKERS:
@@ -754,11 +758,15 @@ def run_all(mutants: list[Mutant], directory: Path) -> int:
             child = fork.Process(target=run_tests, args=(source, mutated, ".py" not in files and files != ""))
             child.start()
             running[child.sentinel] = mutated, files, child, time.monotonic()
-        for sentinel in wait(list(running)):
+        for sentinel, (_, _, child, start) in running.items():
+            if time.monotonic() - start > PATIENCE and child.pid is not None:
+                os.killpg(child.pid, signal.SIGKILL)
+                hung.add(sentinel)
+        for sentinel in wait(list(running), timeout=10):
             mutated, files, child, start = running.pop(int(sentinel))  # type: ignore[arg-type]
             child.join()
-            outcome = outcome_of(mutated, child.exitcode)
-            num_unexpected += outcome not in ("caught", "passed")
+            outcome = "hung" if sentinel in hung and mutated.replacements else outcome_of(mutated, child.exitcode)
+            num_unexpected += outcome not in ("caught", "hung", "passed")
             print(f"{outcome:9} {time.monotonic() - start:5.1f} s  {files:24} {mutated.name}", flush=True)
     return num_unexpected
 
