@@ -568,12 +568,19 @@ MUTANTS = [
         (NATIVE, "every_nan"),
     ),
     mutant(
+        "native: a factor that is nan", "ratio(quiet<true>(T(r.ratio)))", "ratio(T(r.ratio))", (NATIVE, "every_nan")
+    ),
+    mutant(
         "a previous gradient at hand is written over",
-        "if is_held_here_alone(prev_grads, i)",
-        "if prev_grads",
+        "prev_grads[i] if is_free else torch.empty_like(prev_grads[i])",
+        "prev_grads[i]",
         (MEMORY, "at_hand"),
     ),
-    mutant("spares without bound", "if room >= 0 and shape", "if shape", (MEMORY, "spare_memory")),
+    mutant("a storage at hand is written over", "and getrefcount(storage) == _STORAGE_UNHELD", "", (MEMORY, "at_hand")),
+    mutant("shared memory changes places", " and not tensor.is_shared()", "", (MEMORY, "in_shared_memory")),
+    mutant("previous gradients before they are", "if call.has_begun and op", "if op", (MEMORY, "interruption")),
+    mutant("spares after an interruption", "self._buffers.clear()", "pass", (MEMORY, "interruption")),
+    mutant("spares without bound", ", room // shape.numel())", ")", (MEMORY, "spare_memory")),
     mutant(
         "spares outlive the state",
         "Completed(), {}, Spares()",

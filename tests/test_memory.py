@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mars_optim import MARS
+from mars_optim.backends import native
 from mars_optim.ownership import read_only_addresses
 from mars_optim.state import decode, decode_weight
 from oracle import Oracle, real
@@ -606,21 +607,133 @@ def test_previous_gradients_change_places(mars_type: str, precision: Any) -> Non
             assert (off > 2e-6).float().mean() <= (1e-4 if mars_type == "lion" else 0)
 
 
-def test_spare_memory_is_bounded_and_given_back() -> None:
-    parameters = [*large_matrices(), nn.Parameter(torch.ones(2000, 500))]  # the last alone is more than half
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_spare_memory_is_bounded_and_given_back(threads: Callable[[int], None]) -> None:
+    threads(1)
+    parameters = [nn.Parameter(torch.ones(2000, 500)), *large_matrices()]  # the first alone is more than half
     optimizer = MARS(parameters, state_precision="bf16")
-    for _ in jumping(parameters, SIZES[:3]):
+    gradients = jumping(parameters, [0.01] * 8)
+    for _ in range(3):
+        next(gradients)
         optimizer.step()
     of_two_shapes = 2 * (400 * 330 + 300 * 500)
     assert optimizer._steps.spares.nbytes == of_two_shapes
+    next(gradients)
+    parameters[2].grad = None
+    optimizer.step()
+    assert optimizer._steps.spares.nbytes == 2 * 400 * 330  # that of the other shape has gone
+    threads(9)  # then two tasks a tensor are too few, and half of the previous gradients' memory is the limit
+    next(gradients)
+    optimizer.step()
+    assert optimizer._steps.spares.nbytes == 2 * (3 * 400 * 330 + 300 * 500)
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer._steps.spares.nbytes == 0
-    others: list[dict[str, Any]] = [{}, {"state_precision": "bf16", "clip_norm": None}, {"state_precision": "8bit"}]
+    others: list[dict[str, Any]] = [
+        {"state_precision": "fp32"},
+        {"clip_norm": None},
+        {"state_precision": "8bit"},
+        {"state_precision": {"prev_grad": "bf16", "exp_avg": "bf16"}},
+        {"max_grad_norm": 1.0},
+        {"amsgrad": True},
+    ]
     for options in others:
-        optimizer = MARS(parameters, **options)
+        optimizer = MARS(parameters, **{"state_precision": "bf16", **options})
         for _ in jumping(parameters, SIZES[:3]):
             optimizer.step()
         assert optimizer._steps.spares.nbytes == 0
+
+
+def test_spares_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, made, empty_like = large_matrices(), [0], torch.empty_like
+    optimizer = MARS(parameters, state_precision="bf16")
+
+    def counting(like: Tensor, **options: Any) -> Tensor:
+        made[0] += like.dtype == torch.bfloat16 and like.numel() == 400 * 330
+        return empty_like(like, **options)
+
+    monkeypatch.setattr(torch, "empty_like", counting)
+    for step, _ in enumerate(jumping(parameters, [0.01] * 8)):
+        optimizer.step()
+        if step == 1:
+            made_first = made[0]
+    assert made[0] == made_first >= 1
+
+
+def test_threads_and_holders_change_nothing(threads: Callable[[int], None]) -> None:
+    results: list[list[nn.Parameter]] = []
+    for count, holds in ((1, False), (9, False), (2, True)):
+        threads(count)
+        parameters = large_matrices()
+        optimizer = MARS(parameters, state_precision="bf16")
+        held: list[Tensor] = []
+        for _ in jumping(parameters, SIZES):
+            optimizer.step()
+            if holds:
+                held = [state["prev_grad"] for state in optimizer.state.values() if "prev_grad" in state]
+        results.append(parameters)
+        assert bool(held) == holds
+    for p, *others in zip(*results, strict=True):
+        assert all(torch.equal(p, q) for q in others)
+
+
+@pytest.mark.parametrize("which", [1, 2, 3, 4])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interruption_leaves_each_its_own_previous_gradient(
+    when: str, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's exception may come before the kernels have run, or wait until they are done."""
+    parameters, whole = large_matrices(), native.run
+    second = large_matrices()
+    optimizer = MARS([{"params": parameters}, {"params": second, "lr": 0.01}], state_precision="bf16")
+    everything = parameters + second
+    gradients = jumping(everything, [0.01] * 8)
+    past: list[list[Tensor]] = []
+    num_calls = 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if when == "after" or num_calls != which:
+            whole(*arguments)
+        if num_calls == which:
+            raise KeyboardInterrupt
+
+    for step, _ in enumerate(gradients):
+        past.append([torch.empty(0) if p.grad is None else p.grad.bfloat16() for p in everything])
+        with monkeypatch.context() as patch:
+            if step == 4:
+                patch.setattr(native, "run", interrupted)
+            try:
+                optimizer.step()
+            except KeyboardInterrupt:
+                assert step == 4
+            else:
+                assert step != 4
+        for i, p in enumerate(everything):
+            if "prev_grad" in optimizer.state[p]:
+                kept = optimizer.state[p]["prev_grad"]
+                assert torch.equal(kept, past[-1][i]) or (step == 4 and torch.equal(kept, past[-2][i]))
+
+
+def test_previous_gradients_in_shared_memory_stay_where_they_are() -> None:
+    parameters = large_matrices()
+    optimizer = MARS(parameters, state_precision="bf16")
+    places: list[int] = []
+    for step, _ in enumerate(jumping(parameters, [0.01] * 5)):
+        optimizer.step()
+        states = [state for state in optimizer.state.values() if "prev_grad" in state]
+        if step == 1:
+            for state in states:
+                state["prev_grad"].share_memory_()
+            places = [state["prev_grad"].data_ptr() for state in states]
+        elif step > 1:
+            assert [state["prev_grad"].data_ptr() for state in states] == places
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -645,13 +758,20 @@ def test_a_previous_gradient_at_hand_never_becomes_another_tensors() -> None:
     optimizer = MARS(parameters, state_precision="bf16")
     past: list[list[Tensor]] = [[] for _ in parameters]
     held: list[tuple[int, Tensor]] = []
-    for t, _ in enumerate(jumping(parameters, [0.01] * 12)):
+    storages: list[tuple[int, torch.UntypedStorage]] = []
+    for t, _ in enumerate(jumping(parameters, [0.01] * 16)):
         for gradients, p in zip(past, parameters, strict=True):
             assert p.grad is not None
             gradients.append(p.grad.bfloat16())
         optimizer.step()
         for i, tensor in held:
             assert any(torch.equal(tensor, g) for g in past[i])
+        for i, storage in storages:
+            seen = torch.frombuffer(bytearray(storage), dtype=torch.bfloat16).view_as(past[i][0])
+            assert any(torch.equal(seen, g) for g in past[i])
+            del seen
+        if t == 11:
+            storages = [(i, optimizer.state[p]["prev_grad"].untyped_storage()) for i, p in enumerate(parameters[:5])]
         if t in (3, 7):
             previous = {i: s["prev_grad"] for i, s in optimizer.state_dict()["state"].items() if "prev_grad" in s}
             held += previous.items() if t == 3 else [(i, g.detach()) for i, g in previous.items()]

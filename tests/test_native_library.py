@@ -278,7 +278,7 @@ def test_what_is_read_later_is_not_written_over(n):
     else:
         second["next"] = first["prev"]
     before = [t[name].data.copy() for t in (first, second) for name in ("x", "m", "v", "prev", "next")]
-    with pytest.raises(RuntimeError, match="a `next` is a `prev` that is read later"):
+    with pytest.raises(RuntimeError, match="a `next` is a `prev` that is not read before"):
         run(Op.ADAMW, [first, second], clip_norm=1.0, flags=DRAWN)
     after = [t[name].data for t in (first, second) for name in ("x", "m", "v", "prev", "next")]
     assert_equal_bits(after, before)
@@ -763,7 +763,7 @@ def test_many_small_tensors():
 
 @each_library
 def test_every_nan_stays_one_in_bf16_state(library):
-    """A clip by a norm that is nan makes nan of numbers, too."""
+    """A clip by a norm that is nan makes nan of numbers, too, and so does a factor of the previous gradient."""
     for payload in (0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF):
         for formats in NARROW[:2]:
             for clip_norm in (0.0, 1.0):
@@ -774,6 +774,10 @@ def test_every_nan_stays_one_in_bf16_state(library):
                 for name in ("x", "m", "v"):
                     assert np.isnan(t[name].values).all()
                 assert np.isnan(t["prev"].values[:7]).all()
+                t = surprise("none", 300, **formats)[0]
+                t["next"], t["ratio"] = t["prev"], float(from_bits(np.uint32(payload)))
+                run(Op.ADAMW, [t], flags=DRAWN, library=library)
+                assert np.isnan(t["m"].values).all()
 
 
 def test_infinite_and_nan_gradients_follow_ieee():

@@ -87,6 +87,7 @@ class Batch:
     prev_norms: list[float] | None = None  # approx: ||g'||, inf where unknown
     norms: dict[int, float] | None = None  # where a backend that finds ||g|| leaves it for the next step, by index
     scaling: LossScaling | None = None
+    moves_prev_grads: bool = False  # next_grads are not the states' yet: whoever writes them makes them so
     packed: Batch | None = None  # what this one was unpacked from
     spread: Spread | None = None  # the tensors are pieces of what ranks hold together, or copies of what all hold
     shapes: list[tuple[int, ...]] | None = None  # of the whole tensors

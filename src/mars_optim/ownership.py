@@ -38,17 +38,31 @@ def keep(grad: Tensor) -> Tensor | None:
         return None
 
 
-def is_held_here_alone(tensors: Sequence[Any], i: int) -> bool:
-    """Whether nobody but this sequence holds its tensor, as a state dict would, or its memory, as a view would."""
+def is_held_by_its_state_alone(tensors: Sequence[Any], i: int) -> bool:
+    """Whether nobody but this sequence and a state holds its tensor, as a copied state would, or sees its memory."""
     storage = tensors[i].untyped_storage()
-    return _num_references(tensors, i) == _HELD_ONCE and torch._C._storage_Use_Count(storage._cdata) == _SOLE
+    return (
+        _num_references(tensors, i) == _HELD_TWICE
+        and torch._C._storage_Use_Count(storage._cdata) == _SOLE
+        and getrefcount(storage) == _STORAGE_UNHELD
+    )
 
 
 def _num_references(objects: Sequence[Any], i: int) -> int:
     return getrefcount(objects[i])
 
 
-_HELD_ONCE = _num_references([object()], 0)
+def _num_references_to_storage(tensor: Tensor) -> int:
+    storage = tensor.untyped_storage()
+    return getrefcount(storage)
+
+
+# How many there are of what nobody else holds, interpreters and torch being free to keep some of their own.
+_objects = [object()]
+_state = {"prev_grad": _objects[0]}
+_HELD_TWICE = _num_references(_objects, 0)
+_STORAGE_UNHELD = _num_references_to_storage(torch.empty(1, device="cpu"))
+del _objects, _state
 
 
 def read_only_addresses(tensors: Sequence[Tensor]) -> array[int]:

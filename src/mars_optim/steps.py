@@ -78,9 +78,8 @@ class Steps:
                     offloaded += batches
                 else:
                     resident += batches
-        for batch, backend in resident:
-            self.spares.rotate_(batch, backend)
-        update_(resident, offloaded, self._lanes, self._ranks(groups))
+        update_(resident, offloaded, self._lanes, self.spares, self._ranks(groups))
+        self.spares.sweep()
         self.replicas.tell_(told)
 
     def _ranks(self, groups: Groups) -> Ranks:

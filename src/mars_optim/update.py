@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import cast
 
@@ -19,12 +20,14 @@ from .offload import Lane, chunked
 from .preconditioners import PRECONDITIONERS
 from .ranks import Ranks
 from .sharding import add_shards
+from .spares import Spares
 
 
 def update_(
     resident: Sequence[tuple[Batch, Backend]],
     offloaded: Sequence[tuple[Batch, Backend]],
     lanes: dict[torch.device, Lane],
+    spares: Spares,
     ranks: Ranks,
 ) -> None:
     """Advance the state and parameters of every batch.
@@ -33,6 +36,7 @@ def update_(
         resident: batches with their state on the device, each with its backend.
         offloaded: batches with their state in the host's memory.
         lanes: what carries state to each device; filled as needed.
+        spares: places for previous gradients of resident batches.
         ranks: what the batches of this rank are a part of.
     """
     read = [(batch if backend.reads_storage else backends.unpack(batch), backend) for batch, backend in resident]
@@ -48,7 +52,7 @@ def update_(
     )
     for (batch, backend), product in zip(read, products, strict=True):
         weigh(batch, backend, product, total)
-    _update(read, ranks)
+    _update(read, ranks, spares)
     for device in {batch.params[0].device for batch, _ in offloaded}:
         here = [(b, backend) for batch, backend in offloaded for b in chunked(batch) if b.params[0].device == device]
         visits = lanes.setdefault(device, Lane(device)).visits([batch for batch, _ in here])
@@ -74,14 +78,15 @@ def _add_shards(
     return whole
 
 
-def _update(ready: Sequence[tuple[Batch, Backend]], ranks: Ranks) -> None:
+def _update(ready: Sequence[tuple[Batch, Backend]], ranks: Ranks, spares: Spares | None = None) -> None:
     together: dict[str, list[tuple[Batch, Backend]]] = {}
     for batch, backend in ready:
         preconditioner = PRECONDITIONERS[batch.treatment.preconditioner]
         if batch.spread is not None and preconditioner.update_together_ is not None:
             together.setdefault(batch.treatment.preconditioner, []).append((batch, backend))
         else:
-            preconditioner.update_(backend, batch)
+            with nullcontext() if spares is None else spares.lent(batch, backend):
+                preconditioner.update_(backend, batch)
     for name in sorted(together):  # in the same order on all ranks
         update_together_ = PRECONDITIONERS[name].update_together_
         assert update_together_ is not None

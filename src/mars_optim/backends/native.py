@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from mars_optim.batch import Batch, Weight
 
 from .native_library import Arithmetic, Call, Flag, Format, Op, Rounding, load, pack, run
-from .operands import MOVES, Operands
+from .operands import AVERAGES, MOVES, Operands
 
 reads_storage = True
 unscales = False
@@ -84,7 +84,12 @@ def _run(
     call = _call(batch, op, out)
     if call.clip_norm > 0 and batch.grad_norms is None:
         sums = torch.full((count, 3), math.inf, dtype=torch.float64)
-    run(call, records, count, None if sums is None else sums.data_ptr())
+    try:
+        run(call, records, count, None if sums is None else sums.data_ptr())
+    finally:  # also when a signal's exception was waiting for the kernels to be done
+        if call.has_begun and op in AVERAGES and batch.moves_prev_grads and batch.next_grads is not None:
+            for state, grad in zip(batch.owners, batch.next_grads, strict=True):
+                state["prev_grad"] = grad
     if call.clip_norm > 0:
         _keep_norms(batch, sums[:, 0].sqrt() if batch.grad_norms is None and sums is not None else batch.grad_norms)
     operands.write_back()

@@ -22,8 +22,8 @@ Memory = int | bytearray | memoryview
 
 Q8_BLOCK = 128  # elements that share one scale
 
-# Of this many elements a tensor is measured by itself: then its `next` may be the `prev` of any that comes after it in
-# the call, which is worked through from the last record to the first.
+# From this many elements on a tensor is measured by itself: then its `next` may be the `prev` of any that comes after
+# it in the call, which is worked through from the last record to the first.
 WINDOW = 1 << 17
 
 
@@ -88,7 +88,7 @@ class Call(ctypes.Structure):
         ("rounding", ctypes.c_int32),
         ("flags", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("has_begun", ctypes.c_int32),
         ("beta1", ctypes.c_double),
         ("beta2", ctypes.c_double),
         ("eps", ctypes.c_double),
@@ -138,7 +138,7 @@ def pack(columns: Sequence[array[Any]]) -> bytearray:
 
 
 _MEANINGS = {
-    1: "the call's op, formats, rounding or sums do not go together, or a `next` is a `prev` that is read later",
+    1: "the call's op, formats, rounding or sums do not go together, or a `next` is a `prev` that is not read before",
     2: "this CPU does not have that level of the instruction set",
     3: "out of memory",
 }

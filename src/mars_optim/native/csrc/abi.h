@@ -36,7 +36,7 @@ struct Call {
     int32_t rounding;    // of x
     int32_t flags;
     int32_t num_threads;
-    int32_t reserved;
+    mutable int32_t has_begun;  // becomes 1 before anything is written
     double beta1;
     double beta2;
     double eps;
@@ -44,7 +44,8 @@ struct Call {
 };
 
 // One tensor: 26 words of 64 bits. Null pointers are absent operands; scales belong to Q8 alone. `next` may be the record's
-// own `prev`, memory of its own, or the `prev` of a record further on in the call, which is worked through from the end.
+// own `prev`, memory of its own, or the `prev` of a record further on in the call, which is worked through from the end, if
+// either has 2^17 elements.
 struct Record {
     int64_t n;
     void* x;

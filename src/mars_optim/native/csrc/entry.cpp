@@ -172,7 +172,7 @@ private:
         }
     }
 
-    // Waits, seldom, until nobody needs any more what this tensor writes over. All that takes comes before this task.
+    // Waits until nobody needs any more what this tensor writes over. All that takes comes before this task.
     void await_reader(int64_t t) {
         const int64_t reader = reader_[size_t(t)];
         if (reader < 0) return;
@@ -318,7 +318,9 @@ MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Re
     const Kernels* kernels = kernels_for(isa, call->arithmetic);
     if (!kernels) return kBadIsa;
     try {
-        Plan(*call, records, count, *kernels, sums).run();
+        Plan plan(*call, records, count, *kernels, sums);
+        call->has_begun = 1;
+        plan.run();
     } catch (const std::invalid_argument&) {
         return kBadCall;
     } catch (const std::bad_alloc&) {

@@ -1,15 +1,17 @@
 // The step, a block of elements at a time: for any formats, since what is not stored as T passes through buffers. Included
 // once a level, inside its namespace.
 
-// A call's and a record's numbers in the arithmetic's type. a and b have the clip factor in them, which may be any nan.
+// A call's and a record's numbers in the arithmetic's type. a and b have the clip factor in them; like ratio, which gradients
+// may have made, they can be any nan.
 template <class T>
 struct Weights {
     T a, b, ratio, beta1, rest1, beta2, rest2, eps, we, wg, decay, step_size, inv_sqrt_bias2;
 
     Weights(const Call& call, const Record& r, double clip)
-        : a(quiet<true>(T(clip * r.a))), b(quiet<true>(T(clip * r.b))), ratio(T(r.ratio)), beta1(T(call.beta1)), rest1(T(1 - call.beta1)),
-          beta2(T(call.beta2)), rest2(T(1 - call.beta2)), eps(T(call.eps)), we(T(r.we)), wg(T(r.wg)),
-          decay(T(r.decay)), step_size(T(r.step_size)), inv_sqrt_bias2(T(r.inv_sqrt_bias2)) {}
+        : a(quiet<true>(T(clip * r.a))), b(quiet<true>(T(clip * r.b))), ratio(quiet<true>(T(r.ratio))),
+          beta1(T(call.beta1)), rest1(T(1 - call.beta1)), beta2(T(call.beta2)), rest2(T(1 - call.beta2)),
+          eps(T(call.eps)), we(T(r.we)), wg(T(r.wg)), decay(T(r.decay)), step_size(T(r.step_size)),
+          inv_sqrt_bias2(T(r.inv_sqrt_bias2)) {}
 };
 
 // step * sign(m); zeros and nan are their own.
