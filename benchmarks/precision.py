@@ -95,7 +95,7 @@ def plot(curves: dict[str, dict[str, list[list[tuple[int, float]]]]], path: Path
             for i, curve in enumerate(of_seeds):
                 steps, losses = zip(*[point for point in curve if point[0] > 0], strict=True)
                 axes.plot(steps, losses, color=colour, linewidth=1, alpha=0.8, label=None if i else variant)
-        axes.set(title=name, xlabel="step", ylabel="validation loss", yscale="log")
+        axes.set(title=name, xlabel="step", ylabel="validation loss")
         axes.legend(fontsize=7)
     figure.savefig(path)
 
