@@ -115,8 +115,8 @@ static void drive_operation(int32_t isa, int32_t op, int num_threads) {
 }
 
 // Tensors of a few sizes, all of them amended, whose next g' go where the g' of the tensor before of this size was.
-static void drive_rotation(int32_t isa, int num_threads) {
-    const Call call{kAdamw, 0, kF32, kF32, kBF16, kBF16, kBF16, kF32, kNearest, kStochasticM | kStochasticV, num_threads, 0, .9, .99, 1e-8, 0.1};
+static void drive_rotation(int32_t isa, int32_t op, int32_t moments, int num_threads) {
+    const Call call{op, 0, kF32, kF32, kBF16, moments, moments, kF32, kNearest, kStochasticM | kStochasticV, num_threads, 0, .9, .99, 1e-8, 0.1};
     const int64_t sizes[] = {140000, 140000, 131072, 150002, 140000, 131072, 150002, 140000};
     std::vector<Tensor*> tensors;
     std::vector<Record> records;
@@ -191,7 +191,7 @@ static void drive_races(int32_t op) {
     const Call call{op, 0, kBF16, kBF16, kQ8, kQ8, kQ8, kBF16, kRemainder8, kStochasticM | kStochasticV, 4, 0, .9, .99, 1e-8, 1.0};
     auto work = [&call] {
         for (int i = 0; i < 20; ++i) drive(call, kBaseline);
-        drive_rotation(kBaseline, 4);
+        for (int32_t moments : {kF32, kBF16}) drive_rotation(kBaseline, op == kLion ? kLion : kAdamw, moments, 4);
     };
     std::thread other(work);
     work();
@@ -202,8 +202,11 @@ int main(int, char** arguments) {
     const bool races = arguments[1] && !std::strcmp(arguments[1], "races");
     for (int32_t op = 0; op < kNumOps; ++op) {
         if (races) drive_races(op);
+        for (int32_t isa = 0; isa < kNumIsas && !races && (op == kAdamw || op == kLion); ++isa)
+            for (int32_t moments : {kF32, kBF16})
+                if (mars_isa_levels() >> isa & 1) drive_rotation(isa, op, moments, 3);
         for (int32_t isa = 0; isa < kNumIsas && !races; ++isa)
-            if (mars_isa_levels() >> isa & 1) drive_operation(isa, op, 2), drive_rotation(isa, 3);
+            if (mars_isa_levels() >> isa & 1) drive_operation(isa, op, 2);
     }
     if (races) {
         std::thread other(drive_products, 4);

@@ -598,11 +598,14 @@ def test_previous_gradients_change_places(mars_type: str, precision: Any) -> Non
     for ours, theirs in zip(*previous, strict=True):
         assert torch.equal(ours, theirs)
     for p, q in zip(*results, strict=True):
-        # What was amended differs by what is drawn in bf16, where a momentum near 0 may have either sign.
+        # What was amended was drawn twice: of AdamW's steps a spacing of bf16, on average less than one of one step; a
+        # momentum near 0 may have either sign, which is all that Lion sees.
         off = (p - q).abs()
-        if precision == "bf16":
-            assert off.max() <= (2 * 16 * 0.01 if mars_type == "lion" else 16 * 0.01 * 2**-6)
-            assert (off > 1e-6).float().mean() <= (0.2 if mars_type == "lion" else 1)
+        if precision == "bf16" and mars_type == "adamw":
+            assert off.max() <= 16 * 0.01 * 2**-7
+            assert off.mean() <= 0.01 * 2**-7
+        elif precision == "bf16":
+            assert (off > 1e-6).float().mean() <= 0.02
         else:
             assert (off > 2e-6).float().mean() <= (1e-4 if mars_type == "lion" else 0)
 
