@@ -14,7 +14,8 @@
 #include "abi.h"
 
 extern "C" int32_t mars_isa_levels();
-extern "C" int32_t mars_run(int32_t isa, const mars::Call*, const mars::Record*, int64_t count, double* sums);
+extern "C" int32_t mars_run(int32_t isa, const mars::Call*, const mars::Record*, int64_t count, double* sums,
+                            uint8_t* has_begun);
 
 extern "C" int32_t mars_product_formats();
 extern "C" int32_t mars_product(const mars::Product*);
@@ -94,7 +95,7 @@ static void drive(const Call& call, int32_t isa) {
         tensors.back()->g.surprise(call.g_format);
     }
     std::vector<double> sums(3 * kNumSizes);
-    if (mars_run(isa, &call, records.data(), kNumSizes, call.op == kProducts ? sums.data() : nullptr) != kOk) {
+    if (mars_run(isa, &call, records.data(), kNumSizes, call.op == kProducts ? sums.data() : nullptr, nullptr) != kOk) {
         std::fprintf(stderr, "refused: op %d, x %d, m %d, rounding %d\n", call.op, call.x_format, call.m_format, call.rounding);
         std::exit(1);
     }
@@ -136,7 +137,8 @@ static void drive_rotation(int32_t isa, int32_t op, int32_t moments, int num_thr
             next = const_cast<void*>(records[i].prev);
         }
     }
-    if (mars_run(isa, &call, records.data(), int64_t(records.size()), nullptr) != kOk) std::exit(1);
+    uint8_t has_begun = 0;
+    if (mars_run(isa, &call, records.data(), int64_t(records.size()), nullptr, &has_begun) != kOk || !has_begun) std::exit(1);
     for (Tensor* tensor : tensors) delete tensor;
     ++calls;
 }
@@ -191,7 +193,7 @@ static void drive_races(int32_t op) {
     const Call call{op, 0, kBF16, kBF16, kQ8, kQ8, kQ8, kBF16, kRemainder8, kStochasticM | kStochasticV, 4, 0, .9, .99, 1e-8, 1.0};
     auto work = [&call] {
         for (int i = 0; i < 20; ++i) drive(call, kBaseline);
-        for (int32_t moments : {kF32, kBF16}) drive_rotation(kBaseline, op == kLion ? kLion : kAdamw, moments, 4);
+        for (int32_t moments : {kF32, kBF16}) drive_rotation(kBaseline, call.op == kLion ? kLion : kAdamw, moments, 4);
     };
     std::thread other(work);
     work();

@@ -84,10 +84,11 @@ def _run(
     call = _call(batch, op, out)
     if call.clip_norm > 0 and batch.grad_norms is None:
         sums = torch.full((count, 3), math.inf, dtype=torch.float64)
+    has_begun = bytearray(1)
     try:
-        run(call, records, count, None if sums is None else sums.data_ptr())
+        run(call, records, count, None if sums is None else sums.data_ptr(), has_begun)
     finally:  # also when a signal's exception was waiting for the kernels to be done
-        if call.has_begun and op in AVERAGES and batch.moves_prev_grads and batch.next_grads is not None:
+        if has_begun[0] and op in AVERAGES and batch.moves_prev_grads and batch.next_grads is not None:
             for state, grad in zip(batch.owners, batch.next_grads, strict=True):
                 state["prev_grad"] = grad
     if call.clip_norm > 0:

@@ -88,7 +88,7 @@ class Call(ctypes.Structure):
         ("rounding", ctypes.c_int32),
         ("flags", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
-        ("has_begun", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("beta1", ctypes.c_double),
         ("beta2", ctypes.c_double),
         ("eps", ctypes.c_double),
@@ -151,10 +151,13 @@ class Library:
     handle: ctypes.CDLL
     isa: Isa
 
-    def run(self, call: Call, records: Memory, count: int, sums: Memory | None = None) -> None:
+    def run(
+        self, call: Call, records: Memory, count: int, sums: Memory | None = None, has_begun: bytearray | None = None
+    ) -> None:
         """Work through `count` records, packed by `RECORD`.
 
-        PRODUCTS writes three doubles a record to `sums`. Operations that clip write g.g to the first of them.
+        PRODUCTS writes three doubles a record to `sums`. Operations that clip write g.g to the first of them. The byte
+        `has_begun` becomes 1 before anything else is written: it tells when an interruption came.
 
         Blocks until done, without the GIL.
 
@@ -163,9 +166,8 @@ class Library:
         """
         if count == 0:
             return
-        status = self.handle.mars_run(
-            self.isa, ctypes.byref(call), _address(records), count, None if sums is None else _address(sums)
-        )
+        outputs = (None if buffer is None else _address(buffer) for buffer in (sums, has_begun))
+        status = self.handle.mars_run(self.isa, ctypes.byref(call), _address(records), count, *outputs)
         if status != 0:
             raise RuntimeError(f"native kernels refused the call: {_MEANINGS[status]}; got {_describe(call)}")
 
@@ -177,9 +179,11 @@ class Library:
         return values.tolist()
 
 
-def run(call: Call, records: Memory, count: int, sums: Memory | None = None) -> None:
+def run(
+    call: Call, records: Memory, count: int, sums: Memory | None = None, has_begun: bytearray | None = None
+) -> None:
     """Run on the library that `load` gives; see `Library.run`."""
-    load().run(call, records, count, sums)
+    load().run(call, records, count, sums, has_begun)
 
 
 @cache
@@ -203,6 +207,7 @@ def _at_level(library: ctypes.CDLL, isa: Isa | None) -> Library:
         ctypes.POINTER(Call),
         ctypes.c_void_p,
         ctypes.c_int64,
+        ctypes.c_void_p,
         ctypes.c_void_p,
     )
     library.mars_add.argtypes = (

@@ -36,7 +36,7 @@ struct Call {
     int32_t rounding;    // of x
     int32_t flags;
     int32_t num_threads;
-    mutable int32_t has_begun;  // becomes 1 before anything is written
+    int32_t reserved;
     double beta1;
     double beta2;
     double eps;

@@ -310,16 +310,16 @@ MARS_EXPORT int32_t mars_isa_levels() {
 }
 
 // `sums`: three doubles a tensor, for kProducts; else null, or g.g in the first of each where there is a clip to find.
-// Returns a Status.
+// `has_begun`, if given, becomes 1 before anything else is written. Returns a Status.
 MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Record* records, int64_t count,
-                             double* sums) {
+                             double* sums, uint8_t* has_begun) {
     using namespace mars;
     if (!is_valid(*call) || (call->op == kProducts && !sums)) return kBadCall;
     const Kernels* kernels = kernels_for(isa, call->arithmetic);
     if (!kernels) return kBadIsa;
     try {
         Plan plan(*call, records, count, *kernels, sums);
-        call->has_begun = 1;
+        if (has_begun) *has_begun = 1;
         plan.run();
     } catch (const std::invalid_argument&) {
         return kBadCall;
