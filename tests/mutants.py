@@ -577,7 +577,9 @@ MUTANTS = [
         (MEMORY, "at_hand"),
     ),
     mutant("a storage at hand is written over", "and getrefcount(storage) == _STORAGE_UNHELD", "", (MEMORY, "at_hand")),
-    mutant("shared memory changes places", " and not is_shared", "", (MEMORY, "in_shared_memory")),
+    mutant(
+        "shared memory changes places", "not tensor.untyped_storage().is_shared()", "True", (MEMORY, "in_shared_memory")
+    ),
     mutant("previous gradients before they are", "if has_begun[0] and op", "if op", (MEMORY, "interruption")),
     mutant("spares after an interruption", "self._buffers.clear()", "pass", (MEMORY, "interruption")),
     mutant("spares without bound", ", room // shape.numel())", ")", (MEMORY, "spare_memory")),

@@ -89,8 +89,9 @@ class Spares:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    is_shared = tensor.untyped_storage().is_shared()  # `tensor.is_shared()` takes ten times as long
-    return type(tensor) is Tensor and tensor.is_contiguous() and tensor.numel() >= WINDOW and not is_shared
+    if type(tensor) is not Tensor or not tensor.is_contiguous() or tensor.numel() < WINDOW:
+        return False
+    return not tensor.untyped_storage().is_shared()  # `tensor.is_shared()` takes ten times as long
 
 
 def _is_amendable(batch: Batch) -> bool:
