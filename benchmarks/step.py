@@ -1,25 +1,31 @@
 """What a step costs: every type, backend and precision against torch's optimizers on GPT-2's tensors.
 
     python benchmarks/step.py                           # GPT-2 small on the CPU
-    python benchmarks/step.py --allocator default --rows "adamw|lion"
     python benchmarks/step.py --model gpt2-large --rows "adamw|lion" --repeats 5
     python benchmarks/step.py --model gpt2-xl --parameters bf16 --rows "8-bit remainder" --repeats 5
     python benchmarks/step.py --scaling                 # cost against model size and against number of tensors
     python benchmarks/step.py --device cuda --model gpt2-xl
 
 Each row is timed interleaved with two baselines, fused AdamW and `clip_grad_norm_` + fused AdamW, on the same
-parameters. A step is `step()` and `zero_grad()`: both must be rid of one gradient buffer. Gradients are new tensors
-each time, as autograd makes them. With `--allocator kept` the C library keeps freed memory, as `mars train` sets it;
-else, as in most programs, it goes back to the system, and steps that make large temporary tensors pay for each page.
+parameters; optimizers that take many times as long also with MARS-AdamW. A step is `step()` and `zero_grad()`: both
+must be rid of one gradient buffer. Gradients are new tensors each time, as autograd makes them.
+
+The C library either keeps freed memory, as `mars train` sets it, or gives it back to the system, as in a program that
+sets nothing. Steps that make large temporary tensors then pay for each page, so they are timed with both allocators;
+for the others it is chance whose gradients are given back, so they are timed with memory kept alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +55,7 @@ class Row:
     make: Callable[[list[nn.Parameter]], Optimizer]
     bytes_moved: float | None = None  # a parameter: each operand read and written once
     dtype: torch.dtype = torch.float32
-    slow: bool = False
+    slow: bool = False  # makes temporary tensors: fewer rounds, both allocators, and MARS-AdamW beside it
     gradient: float = 2e-3  # as a multiple of the weights; see the notes
 
 
@@ -126,19 +132,14 @@ def rows(device: str) -> dict[str, Row]:
 def _peers(device: str) -> dict[str, Row]:
     """Other people's optimizers, where they are installed."""
     peers: dict[str, Row] = {}
-    try:
+    if find_spec("pytorch_optimizer") is not None:
         import pytorch_optimizer  # type: ignore[import-not-found]
 
         peers["pytorch_optimizer MARS"] = Row(lambda parameters: pytorch_optimizer.MARS(parameters, lr=1e-4), slow=True)
-    except ImportError:
-        print("pytorch_optimizer is not installed: its row is left out")
-    if device == "cuda":
-        try:
-            from flashoptim import FlashAdamW  # type: ignore[import-not-found]
+    if device == "cuda" and find_spec("flashoptim") is not None:
+        from flashoptim import FlashAdamW  # type: ignore[import-not-found]
 
-            peers["flashoptim AdamW"] = Row(lambda parameters: FlashAdamW(parameters, lr=1e-4), dtype=torch.bfloat16)
-        except ImportError:
-            print("flashoptim is not installed: its row is left out")
+        peers["flashoptim AdamW"] = Row(lambda parameters: FlashAdamW(parameters, lr=1e-4), dtype=torch.bfloat16)
     return peers
 
 
@@ -167,6 +168,13 @@ class Bench:
         self.adamw = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
         self.num_parameters = sum(p.numel() for p in self.parameters)
 
+    @cached_property
+    def mars_adamw(self) -> Optimizer:
+        """MARS-AdamW on the same parameters, with fused AdamW's moments."""
+        optimizer = mars()(self.parameters)
+        share_moments(optimizer, self.adamw)
+        return optimizer
+
     def measure(self, name: str, row: Row, repeats: int) -> dict[str, Any]:
         """Return a row of the table."""
         own = self.parameters
@@ -179,6 +187,8 @@ class Bench:
         share_moments(optimizer, self.adamw)
 
         def prepare(which: str) -> None:
+            if which == "copy":
+                return  # gradients that stay would take the place where the next ones go
             parameters = own if which == "it" else self.parameters
             if which == "it" and isinstance(optimizer, MARS) and not optimizer.param_groups[0]["is_approx"]:
                 with optimizer.previous_params():
@@ -191,6 +201,8 @@ class Bench:
             "copy": lambda: self.block.mul_(1.0),
             "it": lambda: take_step(optimizer, own),
         }
+        if row.slow:
+            runs["MARS-AdamW"] = lambda: take_step(self.mars_adamw, self.parameters)
         interleaved({"it": runs["it"]}, 1, prepare=prepare, device=self.device, warm_up=0)  # creates the state
         prepare("it")
         in_use = self._reset_peak()
@@ -207,6 +219,7 @@ class Bench:
             "clip + AdamW fused ms": clipped,
             "/ AdamW": it / adamw,
             "/ (clip + AdamW)": it / clipped,
+            "/ MARS-AdamW": it / times["MARS-AdamW"] if row.slow else "",
             "bytes moved": "" if row.bytes_moved is None else row.bytes_moved,
             "of copy rate": "",
             "state bytes": sum(t.nbytes for t in tensors) / self.num_parameters,
@@ -305,45 +318,69 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--parameters", choices=("fp32", "bf16"), default="fp32", help="of the model and the baselines")
     parser.add_argument("--rows", default="", help="a regular expression: only rows whose name it finds")
-    parser.add_argument("--allocator", choices=("kept", "default"), default="kept", help="what becomes of freed memory")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--scaling", action="store_true", help="cost against model size and number of tensors instead")
     parser.add_argument("--largest", type=int, default=1000, help="with --scaling: millions of parameters at most")
     arguments = parser.parse_args()
-    if arguments.allocator == "kept":
-        keep_freed_memory()
     device, repeats = arguments.device, arguments.repeats
-    bandwidth = copy_bandwidth(device)
-    where = surroundings(device) | {"copy GB/s": round(bandwidth / 1e9, 1), "allocator": arguments.allocator}
-    suffix = "" if arguments.allocator == "kept" else "-default-allocator"
+    where = surroundings(device) | {"copy GB/s": round(copy_bandwidth(device) / 1e9, 1)}
     if arguments.scaling:
+        keep_freed_memory()
         sections = {
             "Model size": by_size(device, repeats, arguments.largest),
             "Number of tensors (16M parameters)": by_count(device, repeats),
         }
-        print(write(f"step-scaling{suffix}", where, sections, NOTES))
+        print(write("step-scaling", where, sections, NOTES))
         return
     dtype = torch.float32 if arguments.parameters == "fp32" else torch.bfloat16
-    suffix += "" if dtype == torch.float32 else "-bf16-parameters"
-    bench = Bench(gpt2_shapes(*GPT2[arguments.model]), device, dtype)
     known = {name: row for name, row in rows(device).items() if dtype in (torch.float32, row.dtype)}
     chosen = {name: row for name, row in known.items() if re.search(arguments.rows, name)}
     if not chosen:
         parser.error(f"--rows {arguments.rows!r} finds none of: {', '.join(known)}")
-    table = [bench.measure(name, row, repeats) for name, row in chosen.items()]
+    for peer in ("pytorch_optimizer", *(["flashoptim"] if device == "cuda" else [])):
+        if find_spec(peer) is None:
+            print(f"{peer} is not installed: its row is left out")
+    slow = [name for name, row in chosen.items() if row.slow]
+    table: list[dict[str, Any]] = []
+    for keeps, names in ((True, list(chosen)), (False, slow if device == "cpu" else [])):
+        # In a process of its own: an allocator can't be told to forget.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            shapes = gpt2_shapes(*GPT2[arguments.model])
+            table += process.submit(measure_all, names, shapes, device, dtype, repeats, keeps=keeps).result()
+    suffix = "" if dtype == torch.float32 else "-bf16-parameters"
     path = write(f"step-{arguments.model}{suffix}", where, {arguments.model: table}, NOTES)
     plot(table, path.with_suffix(".svg"), f"{arguments.model}, {where['device']}")
     print(path)
 
 
+def measure_all(
+    names: Sequence[str],
+    shapes: list[tuple[int, ...]],
+    device: str,
+    dtype: torch.dtype,
+    repeats: int,
+    *,
+    keeps: bool,
+) -> list[dict[str, Any]]:
+    """Return the rows of these names, with or without freed memory kept by the C library."""
+    if not names:
+        return []
+    if keeps:
+        keep_freed_memory()
+    bench, known = Bench(shapes, device, dtype), rows(device)
+    result = [bench.measure(name, known[name], repeats) for name in names]
+    return result if keeps else [row | {"step": f"{row['step']}; memory given back"} for row in result]
+
+
 NOTES = (
-    "Median (quartiles) in milliseconds of `step()` and freeing the gradients, each row interleaved with both "
-    "baselines on the same parameters; quotients are taken round by round. `bytes moved`: each operand of a parameter "
-    "read and written once; `of copy rate`: those bytes a second over what a pass in place over 512 MB moves in the "
-    "same round. `state bytes`: optimizer state a parameter. `peak MB`: memory above what is in use before the step. "
-    "Gradients are 0.002 times the weights, on GPT-2 small of global norm 0.45, as late in training: then norms tell "
-    "that nothing is clipped. Where they are longer, norms take g and g' from memory once more. Made by "
-    "`benchmarks/step.py`."
+    "Median (quartiles) in milliseconds of `step()` and freeing the gradients, each row interleaved with the "
+    "baselines on the same parameters; quotients are taken round by round. The C library keeps freed memory, as in "
+    "`mars train`, but in rows that say `memory given back`, as in a program that sets nothing. `bytes moved`: each "
+    "operand of a parameter read and written once; `of copy rate`: those bytes a second over what a pass in place "
+    "over 512 MB moves in the same round. `state bytes`: optimizer state a parameter. `peak MB`: memory above what is "
+    "in use before the step. Gradients are 0.002 times the weights, on GPT-2 small of global norm 0.45, as late in "
+    "training: then norms tell that nothing is clipped. Where they are longer, norms take g and g' from memory once "
+    "more. Made by `benchmarks/step.py`."
 )
 
 if __name__ == "__main__":

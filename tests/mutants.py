@@ -547,10 +547,17 @@ MUTANTS = [
         (NATIVE, "was_amended"),
     ),
     mutant("native: every gradient is usual", "kUsual = 16;", "kUsual = 1e30;", (NATIVE, "norm_is_known")),
+    mutant("native: any line goes on", "sums[j] <= limit ? 0 : -1", "0", (NATIVE, "norm_is_known")),
     mutant(
-        "native: squares of this tile",
-        "g[i + ahead + j], g[i + ahead + j]",
-        "g[i + j], g[i + j]",
+        "native: squares of a line alone",
+        "sums[j] = fused(g[j], g[j], sums[j])",
+        "sums[j] = g[j] * g[j]",
+        (NATIVE, "norm_is_known"),
+    ),
+    mutant(
+        "native: squares of what is left are left out",
+        " + bound_of_squares(g + counted, int(count - counted))",
+        "",
         (NATIVE, "norm_is_known"),
     ),
     mutant(

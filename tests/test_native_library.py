@@ -74,7 +74,7 @@ def awkward(n: int) -> np.ndarray:
 
 
 # Gradients after a usual one, which the kernels take as a promise that they may update before the norm is known.
-SURPRISES = ["none", "longer", "far longer", "spike", "spike at the end", "spike without history", "nan"]
+SURPRISES = ["none", "longer", "far longer", "spike", "spike at the end", "spike without history", "spikes", "nan"]
 
 
 def surprise(what: str, n: int, plain: Format = Format.F32, seed: int = 3, **formats: Any) -> tuple[dict, float]:
@@ -89,13 +89,15 @@ def surprise(what: str, n: int, plain: Format = Format.F32, seed: int = 3, **for
         g *= 3
     elif what == "far longer":
         g *= 1000
-    elif what.startswith("spike"):
+    elif what.startswith("spike ") or what == "spike":
         g[max(n - 5, 0) if what.endswith("end") else n // 2] = 1e6
     elif what == "nan":
         g[n // 3] = np.nan
     if what == "spike without history":
         t["m"].data[:] = t["v"].data[:] = 0
     prev_norm = float(np.linalg.norm(t["prev"].values.astype(np.float64)))
+    if what == "spikes":  # one that stops the updates, but needs no clip, and one after it
+        g[n // 2], g[min(n // 2 + 1000, n - 1)] = 0.6 * prev_norm, 1e6
     return {**t, **NUMBERS, "prev_norm": prev_norm}, 2.0 * prev_norm
 
 

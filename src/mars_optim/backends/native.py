@@ -79,7 +79,7 @@ def _run(
     sums: Tensor | None = None,
 ) -> None:
     count, operands = len(batch.params), Operands(batch)
-    keys = [0] * count if batch.keys is None else [int(key) for key in batch.keys]
+    keys = [int(key) for key in batch.keys or [0] * count]
     records = pack([*operands.columns(op, out), array("Q", keys), *_numbers(batch, op, scales)])
     call = _call(batch, op, out)
     if call.clip_norm > 0 and batch.grad_norms is None:

@@ -15,6 +15,7 @@ stochastically instead, up or down with the probability that keeps the expectati
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ def _blocks(flat: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
+@cache
 def salt(index: int, shard: int = 0) -> int:
     """Return 32 bits that set the random numbers of a shard of the index-th parameter apart from all others'."""
     return _avalanche((index + 1 + shard * 0x7FEB352D) * 0x9E3779B1 & _MASK)

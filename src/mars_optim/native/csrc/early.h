@@ -9,24 +9,15 @@ static bool can_advance(const Call& c, const Record& r) {
 
 template <class T>
 static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t count, double limit, double* square) {
+    T squares[kLine];
     const Operands operands(call, r);
     const Weights<T> weights(call, r, 1.0);
-    const T* g = at<const T>(operands.g, start);
-    T squares[kLine];
-    const auto length = [=](int64_t tile) { return int(count - tile < kTile ? count - tile : kTile); };
-    double sum = bound_of_squares(g, length(0));
-    int64_t tile = 0, done = 0;
-    for (; tile < count && sum <= limit; tile += kTile) {
-        step_tile(call, r, operands, weights, start + tile, length(tile), squares);
-        done = tile + length(tile);
-        if (done == count) break;
-        const int to_come = length(done);
-        sum += to_come == kTile ? bound_of_sum(squares, g + done, to_come) : bound_of_squares(g + done, to_come);
-    }
-    for (tile = done + kTile; tile < count; tile += kTile) sum += bound_of_squares(g + tile, length(tile));
-    settle_lines();
-    *square = sum;
-    return int32_t(done);
+    const int32_t done = walk_from(call, r, operands, weights, start, int(count), T(limit / kLine), squares);
+    if (keeps_within(call, r)) settle_lines();
+    const T* g = static_cast<const T*>(r.g) + start;
+    const int64_t counted = done + kLine < count ? done + kLine : count;
+    *square = bound_of_sum(squares, g, int(counted)) + bound_of_squares(g + counted, int(count - counted));
+    return done;
 }
 
 // What a moment of x is once it has been stored.

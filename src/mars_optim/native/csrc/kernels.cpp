@@ -12,7 +12,7 @@ namespace mars {
 
 // Elements at a time: a block's buffers, and the operands on their way for the blocks to come, fit the first-level cache.
 constexpr int kBlock = 256;
-constexpr int kTile = 4 * kBlock;  // is measured before it is updated; and as far ahead do buffered blocks ask for operands
+constexpr int kFar = 4 * kBlock;  // how far ahead blocks ask for operands
 static_assert(kBlock % kQ8Block == 0, "a scale belongs to one block");
 
 }  // namespace mars
