@@ -11,18 +11,17 @@ parameters; optimizers that take many times as long also with MARS-AdamW. A step
 must be rid of one gradient buffer. Gradients are new tensors each time, as autograd makes them.
 
 The C library either keeps freed memory, as `mars train` sets it, or gives it back to the system, as in a program that
-sets nothing. Steps that make large temporary tensors then pay for each page, so they are timed with both allocators;
-for the others it is chance whose gradients are given back, so they are timed with memory kept alone.
+sets nothing. Steps that make large temporary tensors then pay for each page, so they are timed both ways; for the
+others it is chance whose gradients are given back, so they are timed with memory kept alone. Runs with `--rows` leave
+the whole table as it is and write one of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import multiprocessing
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -136,10 +135,14 @@ def _peers(device: str) -> dict[str, Row]:
         import pytorch_optimizer  # type: ignore[import-not-found]
 
         peers["pytorch_optimizer MARS"] = Row(lambda parameters: pytorch_optimizer.MARS(parameters, lr=1e-4), slow=True)
+    else:
+        print("pytorch_optimizer is not installed: its row is left out")
     if device == "cuda" and find_spec("flashoptim") is not None:
         from flashoptim import FlashAdamW  # type: ignore[import-not-found]
 
         peers["flashoptim AdamW"] = Row(lambda parameters: FlashAdamW(parameters, lr=1e-4), dtype=torch.bfloat16)
+    elif device == "cuda":
+        print("flashoptim is not installed: its row is left out")
     return peers
 
 
@@ -317,59 +320,65 @@ def main() -> None:
     parser.add_argument("--model", choices=GPT2, default="gpt2-small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--parameters", choices=("fp32", "bf16"), default="fp32", help="of the model and the baselines")
-    parser.add_argument("--rows", default="", help="a regular expression: only rows whose name it finds")
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--rows", type=_pattern, help="a regular expression: only rows whose name it finds")
+    parser.add_argument("--repeats", type=_count, default=21)
     parser.add_argument("--scaling", action="store_true", help="cost against model size and number of tensors instead")
-    parser.add_argument("--largest", type=int, default=1000, help="with --scaling: millions of parameters at most")
+    parser.add_argument("--largest", type=_count, default=1000, help="with --scaling: millions of parameters at most")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
-    where = surroundings(device) | {"copy GB/s": round(copy_bandwidth(device) / 1e9, 1)}
     if arguments.scaling:
+        if arguments.rows or arguments.model != "gpt2-small" or arguments.parameters != "fp32":
+            parser.error("--scaling has rows and models of its own; leave out --rows, --model and --parameters")
         keep_freed_memory()
         sections = {
             "Model size": by_size(device, repeats, arguments.largest),
             "Number of tensors (16M parameters)": by_count(device, repeats),
         }
-        print(write("step-scaling", where, sections, NOTES))
+        print(write("step-scaling", where(device), sections, NOTES))
         return
     dtype = torch.float32 if arguments.parameters == "fp32" else torch.bfloat16
     known = {name: row for name, row in rows(device).items() if dtype in (torch.float32, row.dtype)}
-    chosen = {name: row for name, row in known.items() if re.search(arguments.rows, name)}
+    chosen = {name: row for name, row in known.items() if arguments.rows is None or arguments.rows.search(name)}
     if not chosen:
-        parser.error(f"--rows {arguments.rows!r} finds none of: {', '.join(known)}")
-    for peer in ("pytorch_optimizer", *(["flashoptim"] if device == "cuda" else [])):
-        if find_spec(peer) is None:
-            print(f"{peer} is not installed: its row is left out")
-    slow = [name for name, row in chosen.items() if row.slow]
+        names = "\n  ".join(known)
+        parser.error(f"--rows {arguments.rows.pattern!r} finds none of\n  {names}")
+    bench = Bench(gpt2_shapes(*GPT2[arguments.model]), device, dtype)
+    name = f"step-{arguments.model}{'' if dtype == torch.float32 else '-bf16-parameters'}"
+    name += "" if arguments.rows is None else "-some-rows"
     table: list[dict[str, Any]] = []
-    for keeps, names in ((True, list(chosen)), (False, slow if device == "cpu" else [])):
-        # In a process of its own: an allocator can't be told to forget.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            shapes = gpt2_shapes(*GPT2[arguments.model])
-            table += process.submit(measure_all, names, shapes, device, dtype, repeats, keeps=keeps).result()
-    suffix = "" if dtype == torch.float32 else "-bf16-parameters"
-    path = write(f"step-{arguments.model}{suffix}", where, {arguments.model: table}, NOTES)
-    plot(table, path.with_suffix(".svg"), f"{arguments.model}, {where['device']}")
-    print(path)
+    try:
+        measure_all(bench, chosen, repeats, table)
+    finally:  # what an interruption leaves of hours
+        if table:
+            path = write(name, where(device), {arguments.model: table}, NOTES)
+            print(path)
+    plot(table, path.with_suffix(".svg"), f"{arguments.model}, {where(device)['device']}")
 
 
-def measure_all(
-    names: Sequence[str],
-    shapes: list[tuple[int, ...]],
-    device: str,
-    dtype: torch.dtype,
-    repeats: int,
-    *,
-    keeps: bool,
-) -> list[dict[str, Any]]:
-    """Return the rows of these names, with or without freed memory kept by the C library."""
-    if not names:
-        return []
-    if keeps:
-        keep_freed_memory()
-    bench, known = Bench(shapes, device, dtype), rows(device)
-    result = [bench.measure(name, known[name], repeats) for name in names]
-    return result if keeps else [row | {"step": f"{row['step']}; memory given back"} for row in result]
+def measure_all(bench: Bench, chosen: dict[str, Row], repeats: int, table: list[dict[str, Any]]) -> None:
+    """Add these rows to the table: first slow ones with freed memory given back, then all with memory kept."""
+    for name, row in chosen.items():
+        if row.slow and bench.device == "cpu":
+            table.append(bench.measure(f"{name}; memory given back", row, repeats))
+    keep_freed_memory()  # from here on: it can't be taken back
+    table.extend(bench.measure(name, row, repeats) for name, row in chosen.items())
+
+
+def where(device: str) -> dict[str, Any]:
+    return surroundings(device) | {"copy GB/s": round(copy_bandwidth(device) / 1e9, 1)}
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 NOTES = (

@@ -546,7 +546,7 @@ MUTANTS = [
         "return false ?",
         (NATIVE, "was_amended"),
     ),
-    mutant("native: every gradient is usual", "kUsual = 16;", "kUsual = 1e30;", (NATIVE, "norm_is_known")),
+    mutant("native: every gradient is usual", "kUsual = 4;", "kUsual = 1e30;", (NATIVE, "norm_is_known")),
     mutant("native: any line goes on", "sums[j] <= limit ? 0 : -1", "0", (NATIVE, "norm_is_known")),
     mutant(
         "native: squares of a line alone",

@@ -97,7 +97,7 @@ def surprise(what: str, n: int, plain: Format = Format.F32, seed: int = 3, **for
         t["m"].data[:] = t["v"].data[:] = 0
     prev_norm = float(np.linalg.norm(t["prev"].values.astype(np.float64)))
     if what == "spikes":  # one that stops the updates, but needs no clip, and one after it
-        g[n // 2], g[min(n // 2 + 1000, n - 1)] = 0.6 * prev_norm, 1e6
+        g[n // 2], g[min(n // 2 + 1000, n - 1)] = 0.7 * prev_norm, 1e6
     return {**t, **NUMBERS, "prev_norm": prev_norm}, 2.0 * prev_norm
 
 
@@ -155,7 +155,7 @@ def test_updates_before_the_norm_is_known(op, what, plain, n):
         assert (off > few).mean() <= 1e-3
     else:
         assert (np.abs(t["v"].values - want["v"]) <= few * (before["v"] + 0.01 * size**2)).all()
-        assert (off > few).mean() <= 1e-5
+        assert (off > few).sum() <= max(1, 1e-5 * n)
         assert off.max() <= 100 * few
 
 

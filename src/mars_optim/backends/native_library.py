@@ -156,8 +156,8 @@ class Library:
     ) -> None:
         """Work through `count` records, packed by `RECORD`.
 
-        PRODUCTS writes three doubles a record to `sums`. Operations that clip write g.g to the first of them. The byte
-        `has_begun` becomes 1 before anything else is written: it tells when an interruption came.
+        PRODUCTS writes three doubles a record to `sums`. Operations that clip write g.g, or a little more, to the first
+        of them. The byte `has_begun` becomes 1 before anything else is written: it tells when an interruption came.
 
         Blocks until done, without the GIL.
 

@@ -103,14 +103,15 @@ struct Product {
 static_assert(sizeof(Product) == 120, "native_product.py mirrors it");
 
 // What each level of the instruction set provides: the same functions over a range of one tensor's elements that starts
-// at a multiple of kQ8Block, or where `advance` has left off. `measure` adds nothing up across calls: it overwrites sums[0..2].
+// at a multiple of kQ8Block, or where `advance` has left off. `measure` adds nothing up across calls: it overwrites
+// sums[0..2].
 struct Kernels {
     void (*measure)(const Call&, const Record&, int64_t start, int64_t count, double* sums);
     void (*update)(const Call&, const Record&, int64_t start, int64_t count, double clip);
     // Whether what `advance` does to a tensor can be amended.
     bool (*can_advance)(const Call&, const Record&);
-    // Measures g.g, and updates with clip = 1 up to the line that takes a lane's sum beyond its share of the limit; returns how
-    // many elements that were.
+    // Bounds g.g from above, and updates with clip = 1 up to the line that takes a lane's sum beyond the limit; returns
+    // how many elements that were.
     int32_t (*advance)(const Call&, const Record&, int64_t start, int64_t count, double limit, double* square);
     // After an update with clip = 1: makes it one with this clip.
     void (*amend)(const Call&, const Record&, int64_t start, int64_t count, double clip);

@@ -12,7 +12,7 @@ static int32_t advance(const Call& call, const Record& r, int64_t start, int64_t
     T squares[kLine];
     const Operands operands(call, r);
     const Weights<T> weights(call, r, 1.0);
-    const int32_t done = walk_from(call, r, operands, weights, start, int(count), T(limit / kLine), squares);
+    const int32_t done = walk_from(call, r, operands, weights, start, int(count), T(limit), squares);
     if (keeps_within(call, r)) settle_lines();
     const T* g = static_cast<const T*>(r.g) + start;
     const int64_t counted = done + kLine < count ? done + kLine : count;

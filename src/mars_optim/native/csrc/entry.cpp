@@ -33,8 +33,8 @@ MARS_EXPORT int32_t mars_isa_levels() {
     return levels;
 }
 
-// `sums`: three doubles a tensor, for kProducts; else null, or g.g in the first of each where there is a clip to find.
-// `has_begun`, if given, becomes 1 before anything else is written. Returns a Status.
+// `sums`: three doubles a tensor, for kProducts; else null, or g.g or a little more in the first of each where there is a
+// clip to find. `has_begun`, if given, becomes 1 before anything else is written. Returns a Status.
 MARS_EXPORT int32_t mars_run(int32_t isa, const mars::Call* call, const mars::Record* records, int64_t count,
                              double* sums, uint8_t* has_begun) {
     using namespace mars;

@@ -12,7 +12,8 @@ namespace mars {
 
 // Elements at a time: a block's buffers, and the operands on their way for the blocks to come, fit the first-level cache.
 constexpr int kBlock = 256;
-constexpr int kFar = 4 * kBlock;  // how far ahead blocks ask for operands
+constexpr int kFar = 4 * kBlock;  // how far ahead blocks ask for operands; so much of g is copied at a time
+constexpr int kLine = 32;  // a line of memory in bf16, two in fp32; as many lanes have sums
 static_assert(kBlock % kQ8Block == 0, "a scale belongs to one block");
 
 }  // namespace mars

@@ -1,36 +1,35 @@
 // Sums of squares and products, in double: neither do squares of large numbers overflow, nor is anything lost that the
 // weights s and kappa could magnify. Included once a level, inside its namespace.
 
-// Lane j sums every kLanes-th element of a block from j on, so that lanes are vectors.
-constexpr int kLanes = 32;  // also of a line
-constexpr int kRun = kBlock / kLanes;
+// Lane j sums every kLine-th element of a block from j on, so that lanes are vectors.
+constexpr int kRun = kBlock / kLine;
 
 template <bool kPrev, class T, class P>
 static void add_squares(const T* __restrict g, const P* __restrict prev, T a, T b, T ratio, double* __restrict cc) {
-    for (int j = 0; j < kLanes; ++j) {
+    for (int j = 0; j < kLine; ++j) {
         double sum = 0;
         for (int k = 0; k < kRun; ++k) {
-            const double c = double(corrected<kPrev>(g[j + k * kLanes], prev, j + k * kLanes, a, b, ratio));
+            const double c = double(corrected<kPrev>(g[j + k * kLine], prev, j + k * kLine, a, b, ratio));
             sum = fused(c, c, sum);
         }
         cc[j] += sum;
     }
 }
 
-// g.g, g.g' and g'.g', kLanes of each.
+// g.g, g.g' and g'.g', kLine of each.
 template <class T, class P>
 static void add_products(const T* __restrict g, const P* __restrict prev, double* __restrict sums) {
-    for (int j = 0; j < kLanes; ++j) {
+    for (int j = 0; j < kLine; ++j) {
         double gg = 0, go = 0, oo = 0;
         for (int k = 0; k < kRun; ++k) {
-            const double gi = double(g[j + k * kLanes]), other = double(get<T>(prev, j + k * kLanes));
+            const double gi = double(g[j + k * kLine]), other = double(get<T>(prev, j + k * kLine));
             gg = fused(gi, gi, gg);
             go = fused(gi, other, go);
             oo = fused(other, other, oo);
         }
         sums[j] += gg;
-        sums[j + kLanes] += go;
-        sums[j + 2 * kLanes] += oo;
+        sums[j + kLine] += go;
+        sums[j + 2 * kLine] += oo;
     }
 }
 
@@ -52,14 +51,14 @@ static const T* padded(const T* elements, int n, T* buffer) {
 }
 
 // In pairs: a chain of additions would take longer than the products. Lanes added up are gone.
-template <int kHalf = kLanes / 2, class T>
+template <int kHalf = kLine / 2, class T>
 static inline T sum_of(T* lanes) {
     for (int j = 0; j < kHalf; ++j) lanes[j] += lanes[j + kHalf];
     if constexpr (kHalf > 1) return sum_of<kHalf / 2>(lanes);
     return lanes[0];
 }
 
-// Upper bounds of g.g, no more than 1e-4 above it, or 1e-37 an element: summed as T, a fraction of the work, where
+// Upper bounds of g.g, no more than 2e-4 above it, or 1e-37 an element: summed as T, a fraction of the work, where
 // nothing is too large for that. In fp32 a lane's sum of 2^10 squares, of 2^15 elements, can be 2^-14 too small.
 template <class T>
 static double bound_of_sum(T* squares, const T* g, int n) {
@@ -73,10 +72,10 @@ static double bound_of_sum(T* squares, const T* g, int n) {
 
 template <class T>
 static double bound_of_squares(const T* g, int n) {
-    T squares[kLanes] = {};
+    T squares[kLine] = {};
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-        for (int j = 0; j < kLanes; ++j) squares[j] = fused(g[i + j], g[i + j], squares[j]);
+    for (; i + kLine <= n; i += kLine)
+        for (int j = 0; j < kLine; ++j) squares[j] = fused(g[i + j], g[i + j], squares[j]);
     for (int j = 0; i < n; ++i, ++j) squares[j] = fused(g[i], g[i], squares[j]);
     return bound_of_sum(squares, g, n);
 }
@@ -87,7 +86,7 @@ static void measure(const Call& call, const Record& r, int64_t start, int64_t co
     const Operands o(call, r);
     const bool products = call.op == kProducts;
     const bool has_prev = products || T(r.b) != 0;
-    double lanes[3 * kLanes] = {};
+    double lanes[3 * kLine] = {};
     T g_buffer[kBlock], prev_buffer[kBlock];
     for (int64_t i = 0; i < count; i += kBlock) {
         const int n = int(count - i < kBlock ? count - i : kBlock);
@@ -103,5 +102,5 @@ static void measure(const Call& call, const Record& r, int64_t start, int64_t co
         T* seen = has_prev ? view(o.prev, start + i, n, prev_buffer) : nullptr;
         add_block(products, r, g, padded<T>(seen, n, prev_buffer), lanes);
     }
-    for (int k = 0; k < 3; ++k) sums[k] = sum_of(lanes + k * kLanes);
+    for (int k = 0; k < 3; ++k) sums[k] = sum_of(lanes + k * kLine);
 }

@@ -14,7 +14,7 @@
 
 namespace mars {
 
-constexpr double kUsual = 16;  // times its share of ||g'||^2: a chunk's part of ||g||^2 that is nothing special
+constexpr double kUsual = 4;  // times a chunk's share of ||g'||^2: what a lane may have of ||g||^2 and be nothing special
 
 class Plan {
 public:

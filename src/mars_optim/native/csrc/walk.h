@@ -1,9 +1,6 @@
 // The step where its operands are, in the usual formats: one loop, whose requests to memory and arithmetic take turns.
 // Included once a level, inside its namespace.
 
-// What a walk works through at a time: a line of memory in bf16, two in fp32.
-constexpr int kLine = 32;
-
 // Asks for the line that many elements further on.
 template <class P>
 static inline void ask(const P* line, int ahead) {
@@ -23,8 +20,6 @@ static inline void put_line(const uint16_t* line, uint16_t* out, bool past_cache
     (void)past_cache;
     std::memcpy(out, line, kLine * sizeof(uint16_t));
 }
-template <class T>
-static inline void put_line(const T* line, T* out, bool) { std::memcpy(out, line, kLine * sizeof(T)); }
 
 // Of what was stored past the cache, everything is there for other threads.
 static inline void settle_lines() {
@@ -45,8 +40,8 @@ MARS_INLINE bool add_line(int n, const T* __restrict g, T limit, T* __restrict s
 }
 
 // The step where the moments, g' and the next g' are, stored as S and P; returns how many elements have taken it. Operands
-// are asked for line by line, so that memory has something to do all the time. kCounts: `squares` gets sums of g.g, a
-// kLine-th of the elements each; where a line takes one of them beyond the limit the walk ends before it.
+// are asked for line by line, so that memory has something to do all the time. kCounts: `squares` gets the lanes' sums of
+// g.g; where a line takes one of them beyond the limit the walk ends before it.
 template <bool kIsAdamw, bool kPrev, bool kOne, bool kKeep, bool kCounts, class T, class P, class S>
 static int walk(int n, const Weights<T>& w, const T* g, const P* prev, P* next, S* m, S* v, T* x, uint32_t random,
                 T limit, T* squares) {
@@ -67,7 +62,7 @@ static int walk(int n, const Weights<T>& w, const T* g, const P* prev, P* next, 
         const P* const before = kPrev ? prev + i : prev;
         if (kIsAdamw) adamw<kPrev, false, kKeep>(kLine, k, g + i, before, kept, m + i, v + i, no_vmax, x + i, random);
         else lion<kPrev, kOne, kKeep>(kLine, k, g + i, before, kept, m + i, x + i, random);
-        if (kKeep) put_line(kept, next + i, past_cache);
+        if constexpr (kKeep) put_line(kept, next + i, past_cache);
     }
     const int rest = n - i;
     if (rest < kLine && (!kCounts || add_line(rest, g + i, limit, sums))) {
