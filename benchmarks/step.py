@@ -12,8 +12,7 @@ must be rid of one gradient buffer. Gradients are new tensors each time, as auto
 
 The C library either keeps freed memory, as `mars train` sets it, or gives it back to the system, as in a program that
 sets nothing. Steps that make large temporary tensors then pay for each page, so they are timed both ways; for the
-others it is chance whose gradients are given back, so they are timed with memory kept alone. Runs with `--rows` leave
-the whole table as it is and write one of their own.
+others it is chance whose gradients are given back, so they are timed with memory kept alone.
 """
 
 from __future__ import annotations
@@ -321,6 +320,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--parameters", choices=("fp32", "bf16"), default="fp32", help="of the model and the baselines")
     parser.add_argument("--rows", type=_pattern, help="a regular expression: only rows whose name it finds")
+    parser.add_argument("--name", help="of the table, beside the model's; with --rows some-rows unless said otherwise")
     parser.add_argument("--repeats", type=_count, default=21)
     parser.add_argument("--scaling", action="store_true", help="cost against model size and number of tensors instead")
     parser.add_argument("--largest", type=_count, default=1000, help="with --scaling: millions of parameters at most")
@@ -343,16 +343,19 @@ def main() -> None:
         names = "\n  ".join(known)
         parser.error(f"--rows {arguments.rows.pattern!r} finds none of\n  {names}")
     bench = Bench(gpt2_shapes(*GPT2[arguments.model]), device, dtype)
-    name = f"step-{arguments.model}{'' if dtype == torch.float32 else '-bf16-parameters'}"
-    name += "" if arguments.rows is None else "-some-rows"
+    called = arguments.name or ("" if arguments.rows is None else "some-rows")
+    parts = ["step", arguments.model, "" if dtype == torch.float32 else "bf16-parameters", called]
+    name = "-".join(part for part in parts if part)
     table: list[dict[str, Any]] = []
+    about = where(device)
     try:
         measure_all(bench, chosen, repeats, table)
-    finally:  # what an interruption leaves of hours
-        if table:
-            path = write(name, where(device), {arguments.model: table}, NOTES)
-            print(path)
-    plot(table, path.with_suffix(".svg"), f"{arguments.model}, {where(device)['device']}")
+    except KeyboardInterrupt:
+        print(write(f"{name}-interrupted", about, {arguments.model: table}, NOTES))
+        raise
+    path = write(name, about, {arguments.model: table}, NOTES)
+    print(path)
+    plot(table, path.with_suffix(".svg"), f"{arguments.model}, {about['device']}")
 
 
 def measure_all(bench: Bench, chosen: dict[str, Row], repeats: int, table: list[dict[str, Any]]) -> None:
