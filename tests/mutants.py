@@ -554,6 +554,7 @@ MUTANTS = [
         "sums[j] = g[j] * g[j]",
         (NATIVE, "norm_is_known"),
     ),
+    mutant("native: a tail goes on", "add_line(rest, g + i, limit, sums)", "true", (NATIVE, "norm_is_known")),
     mutant(
         "native: squares of what is left are left out",
         " + bound_of_squares(g + counted, int(count - counted))",

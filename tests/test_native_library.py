@@ -155,8 +155,10 @@ def test_updates_before_the_norm_is_known(op, what, plain, n):
         assert (off > few).mean() <= 1e-3
     else:
         assert (np.abs(t["v"].values - want["v"]) <= few * (before["v"] + 0.01 * size**2)).all()
-        assert (off > few).sum() <= max(1, 1e-5 * n)
         assert off.max() <= 100 * few
+        if what == "spikes":  # the first was updated at once, and its v keeps a rounding of c^2: within the line above
+            off[n // 2] = 0
+        assert (off > few).mean() <= 1e-5
 
 
 # How moments and previous gradient are stored where a step can be amended.
