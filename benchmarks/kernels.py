@@ -154,6 +154,8 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="another build of the library, to time beside this one")
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
+    if arguments.against is not None and not arguments.against.is_file():
+        parser.error(f"--against {arguments.against}: there is no such file")
     keep_freed_memory()
     libraries = {"": load()}
     if arguments.against is not None:
