@@ -351,7 +351,8 @@ def main() -> None:
     try:
         measure_all(bench, chosen, repeats, table)
     except KeyboardInterrupt:
-        print(write(f"{name}-interrupted", about, {arguments.model: table}, NOTES))
+        if table:
+            print(write(f"{name}-interrupted", about, {arguments.model: table}, NOTES))
         raise
     path = write(name, about, {arguments.model: table}, NOTES)
     print(path)
