@@ -86,6 +86,33 @@ class MuonAndAdamW(Optimizer):
             optimizer.step()
 
 
+class CompiledMARS(Optimizer):
+    """torch.compile of MARS-AdamW's lines, one tensor at a time, on every tensor: what own kernels have to beat."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self._update = torch.compile(_mars_adamw_, dynamic=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            for name in ("exp_avg", "exp_avg_sq", "prev_grad"):
+                if name not in state:
+                    state[name] = torch.zeros_like(p)
+            moments = (state[name].view(-1) for name in ("exp_avg", "exp_avg_sq"))
+            self._update(p.view(-1), p.grad.view(-1), state["prev_grad"].view(-1), *moments)
+            state["prev_grad"] = p.grad
+
+
+def _mars_adamw_(x: Tensor, g: Tensor, prev: Tensor, m: Tensor, v: Tensor) -> None:
+    c = g + 0.025 * 19 * (g - prev)
+    c = c / torch.linalg.vector_norm(c).clamp(min=1.0)
+    m.copy_(0.95 * m + 0.05 * c)
+    v.copy_(0.99 * v + 0.01 * c * c)
+    x.copy_(x - 1e-4 * m / (v.sqrt() + 1e-8))
+
+
 def adamw(**options: Any) -> Callable[[list[nn.Parameter]], Optimizer]:
     return lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, **options)
 
@@ -122,6 +149,7 @@ def rows(device: str) -> dict[str, Row]:
         "mars-m, unclipped": Row(mars("m", clip_norm=None), slow=True),
         "mars-adamw, reference": Row(mars(foreach=False), slow=True),
         "mars-adamw, foreach": Row(mars(foreach=True), slow=True),
+        "torch.compile of MARS-AdamW": Row(CompiledMARS, bytes_moved=32, slow=True),
         "mars-lion, reference": Row(mars("lion", foreach=False), slow=True),
         **_peers(device),
     }
